@@ -1,0 +1,40 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+PIP := $(BIN)/pip install -qq --disable-pip-version-check
+PYTORCH_CPU := https://download.pytorch.org/whl/cpu
+
+# `python -m` would put the root on sys.path, and its folder kernels/ is not the PyPI package of that name.
+export PYTHONSAFEPATH := 1
+
+# Default builds of torch bring CUDA (gigabytes) and their own Triton.
+TORCH = torch==2.13.0$(if $(CPU_LINUX),+cpu triton==3.6.0)
+CPU_LINUX = $(shell [ "$$(uname)" = Linux ] && ! nvidia-smi >/dev/null 2>&1 && echo yes)
+
+.PHONY: demo test lint minicanvas clean
+
+demo: $(READY)
+	$(BIN)/saemnesia-fast demo --out demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+minicanvas: $(READY)
+	$(BIN)/python -m saemnesia_fast.minicanvas $(ARGS)
+
+$(READY): Makefile pyproject.toml requirements-dev.txt setup.py
+	@echo "Installing into .venv: some minutes the first time"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) $(TORCH) 2>/dev/null || $(PIP) $(TORCH) --extra-index-url $(PYTORCH_CPU)
+	@$(PIP) -r requirements-dev.txt
+	@$(PIP) --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf .venv build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The `saemnesia-fast` command."""
