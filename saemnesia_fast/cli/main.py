@@ -28,7 +28,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. `argv` defaults to the process's arguments.
 
-    A mistake of the user (`ValueError`, `KeyError`, `OSError`) ends with one line on stderr and exit status 2;
+    A mistake of the user (`ValueError`, `KeyError`, `OSError`, `ImportError`) ends with one line on stderr and exit status 2;
     `SAEMNESIA_FAST_DEBUG=1` gives the traceback instead.
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -61,7 +61,7 @@ def run(name: str, arguments: Sequence[str]) -> None:
         command.run()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, ImportError) as error:
         if os.environ.get("SAEMNESIA_FAST_DEBUG") == "1":
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error

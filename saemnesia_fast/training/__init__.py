@@ -1,0 +1,28 @@
+"""Training sparse autoencoders on the activations of a diffusion model's UNet."""
+
+from saemnesia_fast.training.collect import CollectConfig, collect_activations
+from saemnesia_fast.training.config import TrainConfig
+from saemnesia_fast.training.data import ActivationSource, ShardActivations, TensorActivations
+from saemnesia_fast.training.evaluate import Evaluation, evaluate_fvu, evaluate_sae
+from saemnesia_fast.training.live import LiveActivations
+from saemnesia_fast.training.loss import LossOutput, sae_loss
+from saemnesia_fast.training.sampling import Sampling
+from saemnesia_fast.training.trainer import Trainer, train_sae
+
+__all__ = [
+    "ActivationSource",
+    "CollectConfig",
+    "Evaluation",
+    "LiveActivations",
+    "LossOutput",
+    "Sampling",
+    "ShardActivations",
+    "TensorActivations",
+    "TrainConfig",
+    "Trainer",
+    "collect_activations",
+    "evaluate_fvu",
+    "evaluate_sae",
+    "sae_loss",
+    "train_sae",
+]

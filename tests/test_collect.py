@@ -1,0 +1,172 @@
+"""Activations on disk: content, resuming at the exact prompt, refusals, and the two commands (SPEC 5.1, 6.4)."""
+
+import pytest
+import torch
+
+from pipelines import HOOK_POINTS, generate, tiny_sd, tiny_sdxl
+from saemnesia_fast.cli.main import main
+from saemnesia_fast.files import load_tensors, read_json
+from saemnesia_fast.hookpoints import find_hook_point
+from saemnesia_fast.sae import TopKSAE
+from saemnesia_fast.training import CollectConfig, ShardActivations, collect, collect_activations, sampling
+
+PROMPTS = [f"prompt {letter}" for letter in "abcdefg"]
+# One call is 2 prompts x 2 steps x 16 tokens x 64 channels in float16, and as much at the second hook point.
+CALL_BYTES = 2 * 2 * 16 * 64 * 2
+
+
+def config(**options):
+    defaults = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 64, "width": 64, "seed": 5}
+    return CollectConfig(**(defaults | {"prompts_per_call": 2, "shard_bytes": 2 * CALL_BYTES} | options))
+
+
+def gather(folder, hook_point):
+    shards = read_json(folder / "index.json")["hook_points"][hook_point]["shards"]
+    parts = [load_tensors(folder / shard["file"]) for shard in shards]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def pipe():
+    return tiny_sd()
+
+
+def by_hand(pipe, prompts, first_seed, hook_point):
+    """The block's conditional output through a plain hook: [B, steps, H*W, C]."""
+    seen = []
+    block = find_hook_point(pipe.unet, hook_point)
+    handle = block.register_forward_hook(lambda module, args, output: seen.append(output[0].detach().clone()))
+    generators = [torch.Generator().manual_seed(first_seed + i) for i in range(len(prompts))]
+    generate(pipe, prompts, num_inference_steps=2, guidance_scale=3.0, generator=generators)
+    handle.remove()
+    rows = [x[len(prompts) :].permute(0, 2, 3, 1).reshape(len(prompts), -1, x.shape[1]) for x in seen]
+    return torch.stack(rows, dim=1)
+
+
+def test_shards_hold_the_conditional_half_of_every_step(pipe, tmp_path):
+    collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path, config(), progress=False)
+    index = read_json(tmp_path / "index.json")
+    assert index["finished"] is True
+    assert index["prompts"] == PROMPTS
+    for name, (tokens, d) in zip(HOOK_POINTS, ((16, 64), (64, 32)), strict=True):
+        assert [shard["prompts"] for shard in index["hook_points"][name]["shards"]] == [2, 2, 2, 1]
+        assert index["hook_points"][name]["d"] == d
+        stored = gather(tmp_path, name)
+        assert stored["activations"].dtype == torch.float16
+        assert stored["prompts"].tolist() == [i for i in range(7) for _ in range(2)]
+        assert stored["timesteps"].tolist() == [501, 1] * 7
+        maps = stored["activations"].view(7, 2, tokens, d)
+        for first in (0, 2, 4, 6):
+            expected = by_hand(pipe, PROMPTS[first : first + 2], 5 + first, name).half()
+            assert torch.equal(maps[first : first + 2], expected)
+
+
+def test_shard_size_is_bounded(pipe, tmp_path):
+    """shard_bytes bounds the largest tensor of a shard; a call that needs more has a shard of its own."""
+    for bytes_, prompts in ((4 * CALL_BYTES, [4, 3]), (1, [2, 2, 2, 1])):
+        folder = tmp_path / str(bytes_)
+        collect_activations(pipe, PROMPTS, HOOK_POINTS, folder, config(shard_bytes=bytes_), progress=False)
+        shards = read_json(folder / "index.json")["hook_points"][HOOK_POINTS[1]]["shards"]
+        assert [shard["prompts"] for shard in shards] == prompts
+        sizes = [load_tensors(folder / shard["file"])["activations"].nbytes for shard in shards]
+        assert bytes_ == 1 or max(sizes) <= bytes_
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_an_interrupted_set_continues_to_the_same_files(calls, pipe, tmp_path, monkeypatch):
+    collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path / "straight", config(), progress=False)
+    sampled: list[list[str]] = []
+
+    def failing(pipe, prompts, *arguments):
+        if len(sampled) == calls:
+            raise KeyboardInterrupt
+        sampled.append(prompts)
+        return sampling.sample_activations(pipe, prompts, *arguments)
+
+    monkeypatch.setattr(collect, "sample_activations", failing)
+    with pytest.raises(KeyboardInterrupt):
+        collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path / "resumed", config(), progress=False)
+    with pytest.raises(ValueError, match="was interrupted"):
+        ShardActivations(tmp_path / "resumed", HOOK_POINTS[0], 16)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="holds an interrupted set with another sampling"):
+        collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path / "resumed", config(seed=6), progress=False)
+    collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path / "resumed", config(), progress=False)
+    assert files(tmp_path / "resumed") == files(tmp_path / "straight")
+
+
+def test_a_finished_set_is_not_overwritten(pipe, tmp_path):
+    collect_activations(pipe, PROMPTS[:2], HOOK_POINTS[:1], tmp_path, config(), progress=False)
+    before = files(tmp_path)
+    with pytest.raises(FileExistsError, match="holds a finished set of activations"):
+        collect_activations(pipe, PROMPTS[:2], HOOK_POINTS[:1], tmp_path, config(), progress=False)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_activations_that_float16_cannot_hold_are_refused(value, pipe, tmp_path):
+    """NaN, and values beyond float16's range, name the prompts and the hook point."""
+    with torch.no_grad():
+        find_hook_point(pipe.unet, HOOK_POINTS[1]).get_parameter("proj_out.bias")[3] = value
+    with pytest.raises(ValueError, match=r"NaN or inf at up_blocks.1.attentions.0, prompts 0 to 1"):
+        collect_activations(pipe, PROMPTS, HOOK_POINTS[1:], tmp_path, config(), progress=False)
+
+
+def test_residual_stream_of_sdxl(tmp_path):
+    """SPEC 3.6: SDXL's autoencoders read output - input."""
+    pipe = tiny_sdxl()
+    streams = {}
+    for stream in ("output", "residual"):
+        options = config(stream=stream)
+        collect_activations(pipe, PROMPTS[:1], HOOK_POINTS[:1], tmp_path / stream, options, progress=False)
+        streams[stream] = gather(tmp_path / stream, HOOK_POINTS[0])["activations"].float()
+    inputs = []
+    block = find_hook_point(pipe.unet, HOOK_POINTS[0])
+    handle = block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    collect_activations(pipe, PROMPTS[:1], HOOK_POINTS[:1], tmp_path / "again", config(), progress=False)
+    handle.remove()
+    expected = torch.stack([x[1].flatten(1).T for x in inputs])
+    torch.testing.assert_close(streams["output"] - streams["residual"], expected, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "hook_points", "message"),
+    [
+        ([], HOOK_POINTS, "prompts: expected a non-empty list"),
+        ("a cat", HOOK_POINTS, "prompts: expected a non-empty list"),
+        (PROMPTS, [], "hook_points: expected a non-empty list of distinct names"),
+        (PROMPTS, [HOOK_POINTS[0]] * 2, "hook_points: expected a non-empty list of distinct names"),
+        (PROMPTS, ["nowhere"], "hook_point: the UNet has no 'nowhere'"),
+    ],
+)
+def test_bad_requests_are_refused(prompts, hook_points, message, pipe, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        collect_activations(pipe, prompts, hook_points, tmp_path, config(), progress=False)
+
+
+def test_commands_collect_then_train(pipe, tmp_path, capsys):
+    """`collect` and `train` on a pipeline in a folder: from shards, then from the live pipeline."""
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:3]) + "\n\n")
+    source = ["--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.txt"), "--device", "cpu"]
+    sampled = ["num-inference-steps", "2", "prompts-per-call", "2", "height", "64", "width", "64"]
+    plain = [f"--{word}" if word[0].isalpha() else word for word in sampled]
+    main(["collect", *source, *plain, "--hook-points", *HOOK_POINTS, "--out-dir", str(tmp_path / "activations")])
+    recipe = ["--hook-point", HOOK_POINTS[0], "--batch-size", "32", "--num-latents", "128", "--k", "4", "--no-progress"]
+    shards = ["--activations", str(tmp_path / "activations"), "--device", "cpu"]
+    main(["train", *shards, *recipe, "--out-dir", str(tmp_path / "shards")])
+    nested = [word.replace("--", "--sampling.") for word in plain]
+    live = [*source, *nested, "--steps", "3", "--buffer-tokens", "64"]
+    main(["train", *live, *recipe, "--out-dir", str(tmp_path / "live")])
+    for run in ("shards", "live"):
+        sae = TopKSAE.from_pretrained(tmp_path / run, subfolder=HOOK_POINTS[0])
+        assert (sae.d, sae.num_latents, sae.k) == (64, 128, 4)
+        assert all(parameter.isfinite().all() for parameter in sae.parameters())
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", *recipe, "--out-dir", str(tmp_path / "none")])
+    assert "expected either --activations, or --model with --prompts" in capsys.readouterr().err
