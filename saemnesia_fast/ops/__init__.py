@@ -1,0 +1,157 @@
+"""The sparse-autoencoder ops on tokens (SPEC 1, 3, 4.3, 8).
+
+Symbols: x [..., d] tokens, M of them in all; W_enc, W_dec [N, d]; b_enc [N]; b_dec [d]; k latents kept per token.
+Every op computes in float64 for float64 tokens and in float32 for all others, and returns the dtype of its tokens.
+Wrong shapes are a ValueError, wrong types a TypeError, naming the argument (SPEC 7.1). NaN or infinity in a token makes
+that token NaN and touches no other. On the CPU the eager results do not depend on how tokens are split into batches.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import registration as _registration  # noqa: F401
+from . import validation as _check
+from .backend import backend_report, current_backend, use_backend
+
+__all__ = [
+    "SparseLatents",
+    "backend_report",
+    "current_backend",
+    "decode",
+    "encode_topk",
+    "erase",
+    "latent_gradients",
+    "probe",
+    "use_backend",
+]
+
+
+class SparseLatents(NamedTuple):
+    """The k kept latents of each token (SPEC 1.2)."""
+
+    values: Tensor
+    """[..., k], >= 0, descending; a value of 0 is an inactive latent."""
+    indices: Tensor
+    """[..., k] int32, ascending where values are equal."""
+
+
+def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> SparseLatents:
+    """`z = TopK(relu((x - b_dec) @ W_enc.T + b_enc), k)` per token (SPEC 1.1, 1.2).
+
+    The k largest values, equal ones going to the lowest index, selected in the compute dtype before any rounding.
+    Differentiable in x and the weights through the kept values above 0. A token with NaN or infinity has values NaN and
+    indices in range.
+    """
+    _check.check_encoder(x, W_enc, b_enc, b_dec, k)
+    return SparseLatents(*torch.ops.saemnesia_fast.encode_topk(x, W_enc, b_enc, b_dec, k))
+
+
+def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """`x_hat = sum_j values_j * W_dec[indices_j] + b_dec` (SPEC 1.3): [..., d] in values' dtype.
+
+    values, indices: [..., k]; an index that occurs twice counts twice. Differentiable in values, W_dec and b_dec.
+    An index outside [0, N) is a ValueError on the CPU; elsewhere it is not looked for, as that would stop the host.
+    """
+    _check.check_latents(values, indices)
+    for name, tensor in (("W_dec", W_dec), ("b_dec", b_dec)):
+        _check.check_tensor(name, tensor, like=values)
+    _check.check_shape("W_dec", W_dec, "N, d", (None, None), "b_dec [d]")
+    _check.check_shape("b_dec", b_dec, "d", (W_dec.shape[1],), f"W_dec [N, d={W_dec.shape[1]}]")
+    return torch.ops.saemnesia_fast.decode(values, indices, W_dec, b_dec)
+
+
+def erase(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    W_dec: Tensor,
+    k: int,
+    latents: Tensor,
+    thresholds: Tensor,
+    factors: Tensor,
+    mode: str = "exact",
+    norm_scaled: bool = False,
+) -> Tensor:
+    """Steer selected latents of each token, z_i <- factor_i * z_i, and return x' with x's shape, dtype and strides.
+
+    A selected latent is steered where it is among the token's k largest and z_i > max(threshold_i, 0) (SPEC 3.1). With
+    `Delta = sum (factor_i - 1) z_i W_dec[i]`, mode "exact" gives x + Delta and leaves other tokens bit-identical,
+    "released" 2 x_hat - x + Delta, "reconstruct" x_hat + Delta (SPEC 3.2). `norm_scaled` multiplies each factor by the
+    token's ||z||_2 (`scale="norm"`).
+
+    latents (integer), thresholds, factors (floating): [S] for all tokens, or [G, S] for G equal consecutive groups of
+    the tokens in row-major order. A line names a latent once; an entry with threshold +inf is padding. The order of
+    entries does not matter. Differentiable in x, weights and factors; which latents are steered is a constant.
+    """
+    d, num_latents = _check.check_encoder(x, W_enc, b_enc, b_dec, k)
+    _check.check_tensor("W_dec", W_dec, like=x)
+    _check.check_shape("W_dec", W_dec, "N, d", (num_latents, d), f"W_enc [N={num_latents}, d] and x [*, d={d}]")
+    _check.check_lines(x, latents, thresholds=thresholds, factors=factors)
+    _check.check_mode(mode)
+    if latents.dim() == 1:
+        latents, thresholds, factors = latents[None], thresholds[None], factors[None]
+    return torch.ops.saemnesia_fast.erase(
+        x, W_enc, b_enc, b_dec, W_dec, k, latents, thresholds, factors, mode, norm_scaled
+    )
+
+
+def probe(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, latents: Tensor, thresholds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `erase` sees of the selected latents, entry by entry (SPEC 3.1).
+
+    Returns activations [..., S], `relu((x - b_dec) @ W_enc[latents].T + b_enc[latents])` in x's dtype, and steered
+    [..., S] bool, true where the latent is among the token's k largest and above max(threshold, 0). latents and
+    thresholds: [S] or [G, S] as in `erase`. Not differentiable.
+    """
+    _check.check_encoder(x, W_enc, b_enc, b_dec, k)
+    _check.check_lines(x, latents, thresholds=thresholds)
+    if latents.dim() == 1:
+        latents, thresholds = latents[None], thresholds[None]
+    return torch.ops.saemnesia_fast.probe(x, W_enc, b_enc, b_dec, k, latents, thresholds)
+
+
+def latent_gradients(
+    values: Tensor,
+    indices: Tensor,
+    grad_x_hat: Tensor,
+    x: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    W_enc: Tensor | None = None,
+    extra_d_value: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dW_enc [N, d], db_enc [N], dW_dec [N, d], db_dec [d]) for g = grad_x_hat [..., d] (SPEC 4.3).
+
+    With `d_value = <g, W_dec[i]> * [value > 0] + extra_d_value` and sums over the (token, latent) pairs of latent i:
+    `dW_dec[i] = sum value * g`, `dW_enc[i] = sum d_value * (x - b_dec)`, `db_enc[i] = sum d_value`,
+    `db_dec = sum g - W_enc.T @ db_enc`; without W_enc only `sum g`. values, indices and extra_d_value (zero where
+    nothing should flow): [..., k]. Sums run in a fixed order. Returned in the compute dtype, ready to accumulate.
+    """
+    _check.check_latents(values, indices)
+    d = _check.check_tokens("x", x)
+    _check.check_tensor("grad_x_hat", grad_x_hat, like=x)
+    if grad_x_hat.shape != x.shape:
+        raise ValueError(f"grad_x_hat: expected [..., d] = {list(x.shape)} to match x, got {list(grad_x_hat.shape)}")
+    if values.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"values: expected [..., k] = [{', '.join(map(str, x.shape[:-1]))}, k] to match x, got {list(values.shape)}"
+        )
+    _check.check_tensor("W_dec", W_dec, like=x)
+    _check.check_shape("W_dec", W_dec, "N, d", (None, d), f"x [*, d={d}]")
+    _check.check_tensor("b_dec", b_dec, like=x)
+    _check.check_shape("b_dec", b_dec, "d", (d,), f"x [*, d={d}]")
+    if W_enc is not None:
+        _check.check_tensor("W_enc", W_enc, like=x)
+        _check.check_shape("W_enc", W_enc, "N, d", tuple(W_dec.shape), f"W_dec [N={W_dec.shape[0]}, d={d}]")
+    if extra_d_value is not None:
+        _check.check_tensor("extra_d_value", extra_d_value, like=x)
+        if extra_d_value.shape != values.shape:
+            raise ValueError(
+                f"extra_d_value: expected [..., k] = {list(values.shape)} to match values, "
+                f"got {list(extra_d_value.shape)}"
+            )
+    return torch.ops.saemnesia_fast.latent_gradients(values, indices, grad_x_hat, x, W_dec, b_dec, W_enc, extra_d_value)

@@ -1,0 +1,136 @@
+"""Which implementation computes each op: a table of op x backend, the user's choice, and the reasons (SPEC 7.3)."""
+
+import logging
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+logger = logging.getLogger("saemnesia_fast")
+
+BACKENDS = ("cuda", "triton", "cpu", "eager")
+OPS = ("encode_topk", "decode", "erase", "probe", "latent_gradients")
+
+
+class Refusal(NamedTuple):
+    """Why a backend does not compute an op."""
+
+    reason: str
+    missed: bool
+    """True if it should have been there (a fallback worth a warning), False if it has no business on this device."""
+
+
+class Choice(NamedTuple):
+    """One line of `backend_report`."""
+
+    op: str
+    backend: str
+    why: str
+
+
+class Slot(NamedTuple):
+    implementation: Callable[..., Any]
+    refuse: Callable[[torch.device], Refusal | None]
+
+
+_slots: dict[tuple[str, str], Slot] = {}
+_chosen: str | None = None
+_logged: set[tuple[str, str]] = set()
+
+
+def register(
+    op: str,
+    backend: str,
+    implementation: Callable[..., Any],
+    refuse: Callable[[torch.device], Refusal | None] = lambda device: None,
+) -> None:
+    """Fill the slot of `op` and `backend`. `refuse(device)` says why it cannot run there, or None if it can."""
+    if op not in OPS or backend not in BACKENDS:
+        raise ValueError(f"op, backend: expected one of {OPS} and one of {BACKENDS}, got {op!r} and {backend!r}")
+    _slots[op, backend] = Slot(implementation, refuse)
+
+
+def _check(name: str, source: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of auto, {', '.join(reversed(BACKENDS))}, got {name!r}")
+    return name
+
+
+def current_backend() -> str:
+    """The name set by `use_backend`, else SAEMNESIA_FAST_BACKEND, else "auto"."""
+    return _chosen or _check(os.environ.get("SAEMNESIA_FAST_BACKEND") or "auto", "SAEMNESIA_FAST_BACKEND")
+
+
+class use_backend:
+    """Choose the backend of all ops in this process: a call sets it, the end of a `with` block restores the former one.
+
+    `use_backend("auto" | "eager" | "cpu" | "triton" | "cuda")`. "auto" takes the fastest that can run. Any other name
+    is never replaced by another: an op that it cannot compute raises RuntimeError with the reason.
+    Raises ValueError for an unknown name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _chosen
+        self._previous = _chosen
+        _chosen = _check(name, "backend")
+
+    def __enter__(self) -> "use_backend":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _chosen
+        _chosen = self._previous
+
+
+def _refusal(op: str, backend: str, device: torch.device) -> Refusal | None:
+    slot = _slots.get((op, backend))
+    return slot.refuse(device) if slot else Refusal("not in this version", missed=False)
+
+
+def _resolve(op: str, device: torch.device) -> tuple[str, list[tuple[str, Refusal]]]:
+    """The backend of `op` and the faster ones that refused; RuntimeError when an explicit choice cannot run."""
+    name = current_backend()
+    refused: list[tuple[str, Refusal]] = []
+    for backend in BACKENDS if name == "auto" else (name,):
+        refusal = _refusal(op, backend, device)
+        if refusal is None:
+            return backend, refused
+        refused.append((backend, refusal))
+    raise RuntimeError(f"{op}: backend {name!r} was chosen but cannot run on {device}: {refused[-1][1].reason}")
+
+
+def select(op: str, device: torch.device) -> Callable[..., Any]:
+    """Return the implementation of `op` for tensors on `device`.
+
+    Under "auto", a faster backend that is missing without need is logged once per (op, reason) at WARNING, or raises
+    RuntimeError if SAEMNESIA_FAST_STRICT=1.
+    """
+    backend, refused = _resolve(op, device)
+    for faster, refusal in refused:
+        if refusal.missed:
+            message = f"{op}: {backend} instead of {faster} ({refusal.reason}): correct but slower"
+            if os.environ.get("SAEMNESIA_FAST_STRICT") == "1":
+                raise RuntimeError(f"{message}; SAEMNESIA_FAST_STRICT=1 forbids it")
+            if (op, refusal.reason) not in _logged:
+                _logged.add((op, refusal.reason))
+                logger.warning(message)
+    return _slots[op, backend].implementation
+
+
+def backend_report(device: torch.device | str = "cpu") -> list[Choice]:
+    """Say for each op which backend computes it on `device` ("none" if it would raise), and why."""
+    lines = []
+    for op in OPS:
+        try:
+            backend, refused = _resolve(op, torch.device(device))
+        except RuntimeError as error:
+            lines.append(Choice(op, "none", str(error)))
+            continue
+        chosen = current_backend()
+        reasons = ", ".join(f"{faster}: {refusal.reason}" for faster, refusal in refused) or "the fastest there is"
+        lines.append(Choice(op, backend, reasons if chosen == "auto" else f"{chosen!r} was chosen"))
+    return lines

@@ -1,0 +1,207 @@
+"""The eager definition of every op: what all backends are held to.
+
+All functions take tokens flattened to x [M, d] (`latent_gradients` and `decode` likewise) and compute in
+`compute_dtype(x)`. Formulas cite SPEC.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS_PER_GEMM = 128
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 tokens, float32 for every other dtype."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """`relu((x - b_dec) @ W_enc.T + b_enc)` (SPEC 1.1) as [M, N] in the compute dtype.
+
+    On the CPU the product runs on blocks of exactly ROWS_PER_GEMM rows, the last one padded: a BLAS picks its kernel
+    and its thread partition, hence its order of summation, by the shape, so only equal shapes give a token the same
+    bits whatever batch it comes in.
+    """
+    dtype = compute_dtype(x)
+    weight, bias = W_enc.to(dtype), b_enc.to(dtype)
+    centred = (x.to(dtype) - b_dec.to(dtype)).contiguous()
+    if x.device.type != "cpu":
+        return F.linear(centred, weight, bias).relu_()
+    rows = x.shape[0]
+    out = centred.new_empty(rows, W_enc.shape[0])
+    for block, result in zip(centred.split(ROWS_PER_GEMM), out.split(ROWS_PER_GEMM), strict=True):
+        missing = ROWS_PER_GEMM - block.shape[0]
+        result.copy_(F.linear(F.pad(block, (0, 0, 0, missing)), weight, bias)[: block.shape[0]])
+    return out.relu_()
+
+
+def top_columns(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of `pre` [M, N], values descending and equal ones by ascending column (SPEC 1.2).
+
+    `torch.topk` fixes neither which of several equal values it keeps nor their order. Only values equal to the k-th
+    largest can be kept wrongly: those are replaced by the lowest columns that hold this value.
+    """
+    n = pre.shape[1]
+    top, columns = pre.topk(min(k + 1, n))
+    kth, following = top[:, k - 1 : k], top[:, k:]
+    top, columns = top[:, :k], columns[:, :k]
+    # On the CPU a look at the data is free; elsewhere it would make the host wait.
+    if pre.device.type != "cpu" or bool((following == kth).any()):
+        countdown = torch.arange(n, 0, -1, dtype=torch.int32, device=pre.device)
+        lowest = n - torch.where(pre == kth, countdown, 0).topk(k).values.long()
+        rank = torch.arange(k, device=pre.device) - (top > kth).sum(1, keepdim=True)
+        columns = torch.where(rank < 0, columns, lowest.gather(1, rank.clamp(min=0)))
+    columns = columns.clamp(max=n - 1).sort(dim=1).values
+    values, order = pre.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
+
+
+def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`z = TopK(relu((x - b_dec) @ W_enc.T + b_enc), k)` (SPEC 1.1, 1.2): values [M, k], indices [M, k] int32."""
+    values, indices = top_columns(pre_activations(x, W_enc, b_enc, b_dec), k)
+    finite = x.isfinite().all(1, keepdim=True) & values[:, :1].isfinite()
+    return values.where(finite, torch.nan).to(x.dtype), indices.to(torch.int32)
+
+
+def gather_sum(weights: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """`out[m] = sum_j weights[m, j] * rows[indices[m, j]]`, summed in the order of j: [M, d] in weights' dtype."""
+    return F.embedding_bag(indices, rows.to(weights.dtype), mode="sum", per_sample_weights=weights)
+
+
+def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """`x_hat = sum_j values_j * W_dec[indices_j] + b_dec` (SPEC 1.3): [M, d] in values' dtype."""
+    dtype = compute_dtype(values)
+    return (gather_sum(values.to(dtype), indices, W_dec) + b_dec.to(dtype)).to(values.dtype)
+
+
+def line_table(latents: Tensor, thresholds: Tensor, entries: Tensor, fill: float, num_latents: int) -> Tensor:
+    """Dense [G, N + 1] form of `entries` [G, S] by latent, else `fill`; column N takes the padding (threshold +inf)."""
+    columns = latents.long().masked_fill(thresholds == torch.inf, num_latents)
+    return entries.new_full((latents.shape[0], num_latents + 1), fill).scatter(1, columns, entries)
+
+
+def look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """`table[line of token m, indices[m, j]]`, where G lines share the M tokens in equal consecutive groups: [M, k]."""
+    lines = table.shape[0]
+    grouped = indices.long().view(lines, indices.shape[0] // lines, indices.shape[1])
+    return table[:, None].expand(-1, grouped.shape[1], -1).gather(2, grouped).view(indices.shape)
+
+
+def erase(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    W_dec: Tensor,
+    k: int,
+    latents: Tensor,
+    thresholds: Tensor,
+    factors: Tensor,
+    mode: str,
+    norm_scaled: bool,
+    encode: Callable[..., tuple[Tensor, Tensor]] = encode_topk,
+    decode: Callable[..., Tensor] = decode,
+) -> Tensor:
+    """Steer the selected latents of each token (SPEC 3.1, 3.2): x' [M, d] in x's dtype.
+
+    With z = TopK(pre, k), the steered set {i selected : z_i > max(threshold_i, 0)} and
+    `Delta = sum_steered (factor_i - 1) z_i d_i` (factor_i * ||z||_2 instead of factor_i if `norm_scaled`):
+    exact: x + Delta; released: 2 x_hat - x + Delta; reconstruct: x_hat + Delta.
+
+    Summed in the order of the token's latents, so the order of the selection cannot matter. `encode` and `decode`
+    are exchanged for differentiable ones when a gradient is wanted; the choice of latents is a constant.
+    """
+    dtype = compute_dtype(x)
+    tokens = x.to(dtype)
+    values, indices = encode(tokens, W_enc, b_enc, b_dec, k)
+    num_latents = W_enc.shape[0]
+    thresholds = thresholds.to(dtype)
+    threshold = look_up(line_table(latents, thresholds, thresholds, torch.inf, num_latents), indices)
+    factor = look_up(line_table(latents, thresholds, factors.to(dtype), 1.0, num_latents), indices)
+    if norm_scaled:
+        factor = factor * torch.linalg.vector_norm(values, dim=1, keepdim=True)
+    steered = (values > threshold) & (values > 0) & (factor != 1)
+    change = torch.where(steered, (factor - 1) * values, 0)
+    delta = decode(change, indices, W_dec, torch.zeros_like(b_dec))
+    if mode == "exact":
+        out = torch.where(steered.any(1, keepdim=True), tokens + delta, tokens)
+    else:
+        x_hat = decode(values, indices, W_dec, b_dec)
+        out = (2 * x_hat - tokens if mode == "released" else x_hat) + delta
+    return out.where(values[:, :1].isfinite(), torch.nan).to(x.dtype)
+
+
+def probe(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    latents: Tensor,
+    thresholds: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What `erase` looks at (SPEC 3.1): `pre` of the selected latents [M, S], and whether it steers each [M, S]."""
+    pre = pre_activations(x, W_enc, b_enc, b_dec)
+    top, indices = top_columns(pre, k)
+    kept = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, indices, True)
+    per_token = x.shape[0] // latents.shape[0]
+    columns = latents.long().repeat_interleave(per_token, 0)
+    threshold = thresholds.to(pre.dtype).repeat_interleave(per_token, 0)
+    finite = x.isfinite().all(1, keepdim=True) & top[:, :1].isfinite()
+    activations = pre.gather(1, columns)
+    steered = kept.gather(1, columns) & (activations > threshold) & (activations > 0) & finite
+    return activations.where(finite, torch.nan).to(x.dtype), steered
+
+
+def sum_by_latent(weights: Tensor, indices: Tensor, rows: Tensor, num_latents: int) -> Tensor:
+    """`out[i] = sum over pairs (m, j) with indices[m, j] = i of weights[m, j] * rows[m]`, m ascending: [N, d].
+
+    A stable sort brings the pairs of a latent together: the order of summation is fixed, without atomics (SPEC 4.3).
+    """
+    latents, order = indices.flatten().long().sort(stable=True)
+    starts = torch.searchsorted(latents, torch.arange(num_latents, device=latents.device))
+    tokens = order // indices.shape[1]
+    return F.embedding_bag(tokens, rows, starts, mode="sum", per_sample_weights=weights.flatten()[order])
+
+
+def gather_dot(indices: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
+    """`out[m, j] = <grad[m], rows[indices[m, j]]>`: [M, k], one j at a time, so that nothing exceeds [M, d]."""
+    return torch.stack([torch.linalg.vecdot(rows[column], grad) for column in indices.long().unbind(1)], 1)
+
+
+def latent_gradients(
+    values: Tensor,
+    indices: Tensor,
+    grad_x_hat: Tensor,
+    x: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    W_enc: Tensor | None = None,
+    extra_d_value: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the four parameters for a loss with d loss / d x_hat = g [M, d] (SPEC 4.3), in the compute dtype.
+
+    `d_value = <g, d_i> * [value > 0] + extra_d_value`; over the pairs of latent i: `dW_dec[i] = sum value * g`,
+    `dW_enc[i] = sum d_value * (x - b_dec)`, `db_enc[i] = sum d_value`; `db_dec = sum g - W_enc.T @ db_enc`.
+    """
+    dtype = compute_dtype(x)
+    num_latents = W_dec.shape[0]
+    grad, values = grad_x_hat.to(dtype), values.to(dtype)
+    d_value = torch.where(values > 0, gather_dot(indices, W_dec.to(dtype), grad), 0)
+    if extra_d_value is not None:
+        d_value = d_value + extra_d_value.to(dtype)
+    dW_enc, db_enc = encoder_gradients(d_value, indices, x.to(dtype) - b_dec.to(dtype), num_latents)
+    db_dec = grad.sum(0)
+    if W_enc is not None:
+        db_dec = db_dec - db_enc @ W_enc.to(dtype)
+    return dW_enc, db_enc, sum_by_latent(values, indices, grad, num_latents), db_dec
+
+
+def encoder_gradients(d_value: Tensor, indices: Tensor, centred: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
+    """`dW_enc[i] = sum d_value * (x - b_dec)` [N, d] and `db_enc[i] = sum d_value` [N] over the pairs of latent i."""
+    with_one = torch.cat([centred, torch.ones_like(centred[:, :1])], 1)
+    both = sum_by_latent(d_value, indices, with_one, num_latents)
+    return both[:, :-1].contiguous(), both[:, -1].contiguous()
