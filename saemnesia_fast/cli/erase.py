@@ -1,0 +1,110 @@
+"""The `erase` command."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+logger = logging.getLogger("saemnesia_fast")
+
+
+@dataclass
+class Erase:
+    """Generate images from which concepts are erased."""
+
+    model: str
+    """Pipeline: a folder in diffusers' format or a Hugging Face repository."""
+    sae: str
+    """SAE: a folder or a Hugging Face repository."""
+    table: Path
+    """Concept table: the folder that `saemnesia-fast concepts` wrote."""
+    concept: tuple[str, ...]
+    """Names of the concepts to erase, as in the table."""
+    prompt: tuple[str, ...]
+    """Prompts, one image each."""
+    out: Path
+    """Folder to write 000.png, 001.png, ... into."""
+    revision: str | None = None
+    """Commit or tag of the model's repository."""
+    sae_subfolder: str | None = None
+    """Folder of the SAE inside `sae`, often named after the hook point."""
+    sae_revision: str | None = None
+    """Commit or tag of the SAE's repository."""
+    strength: float = -5.0
+    """Gamma: negative erases, more negative erases more strongly."""
+    mode: Literal["exact", "released", "reconstruct"] = "exact"
+    """The papers' formula; the public code's, which flips the reconstruction error; or the reconstruction alone."""
+    halves: Literal["both", "cond"] = "both"
+    """Halves of the guided batch to steer."""
+    start: float = 0.0
+    """Fraction of the denoising at which to start."""
+    stop: float = 1.0
+    """Fraction of the denoising at which to stop."""
+    num_latents: int | None = None
+    """Latents a concept and step; the assigned one, or the best one, if not given."""
+    percentile: float | None = None
+    """Instead of a number: latents with a score above this percentile."""
+    scale: Literal["mean", "constant", "norm"] = "mean"
+    """What multiplies the strength: the concept's mean activation, nothing, or the norm of the token's latents."""
+    stream: Literal["output", "residual"] = "output"
+    """What the SAE reads: the module's output, or output - input."""
+    steps: int = 50
+    """Denoising steps."""
+    guidance: float = 7.5
+    """Classifier-free guidance scale."""
+    seed: int = 0
+    """Seed of the first image's noise; the next image has the next seed."""
+    height: int | None = None
+    """Height of the images in pixels; the model's own if not given."""
+    width: int | None = None
+    """Width of the images in pixels; the model's own if not given."""
+    device: str | None = None
+    """Torch device; cuda where there is one, else cpu."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the pipeline; the SAE runs in float32."""
+
+    def run(self) -> None:
+        import torch
+        from diffusers import DiffusionPipeline
+
+        from saemnesia_fast.concepts import ConceptTable
+        from saemnesia_fast.erasure import apply_erasure
+        from saemnesia_fast.sae import TopKSAE
+
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        table = ConceptTable.load(self.table)
+        sae = TopKSAE.from_pretrained(
+            self.sae, subfolder=self.sae_subfolder, revision=self.sae_revision, device=device, dtype=torch.float32
+        )
+        pipe = DiffusionPipeline.from_pretrained(self.model, revision=self.revision, use_safetensors=True)
+        pipe.to(device, getattr(torch, self.dtype))
+        erasure = apply_erasure(
+            pipe,
+            sae,
+            table,
+            self.concept,
+            self.strength,
+            self.mode,
+            self.halves,
+            self.start,
+            self.stop,
+            num_latents=self.num_latents,
+            percentile=self.percentile,
+            scale=self.scale,
+            stream=self.stream,
+        )
+        self.out.mkdir(parents=True, exist_ok=True)
+        with erasure:
+            logger.info("%s", erasure.explain())
+            for i, prompt in enumerate(self.prompt):
+                (image,) = pipe(
+                    prompt,
+                    num_inference_steps=self.steps,
+                    guidance_scale=self.guidance,
+                    generator=torch.Generator("cpu").manual_seed(self.seed + i),
+                    height=self.height,
+                    width=self.width,
+                ).images
+                path = self.out / f"{i:03}.png"
+                image.save(path)
+                logger.info("wrote %s: %s", path, prompt)

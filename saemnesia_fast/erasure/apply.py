@@ -1,0 +1,178 @@
+"""`apply_erasure`: from names of concepts to hooks on a live pipeline."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from saemnesia_fast.hookpoints import STREAMS, find_hook_point, get_time_proj, get_unet, normalize_hook_point
+from saemnesia_fast.ops.validation import check_mode
+
+from .guard import guard_pipeline, guard_unet, tells_guidance
+from .handle import Erasure
+from .hooks import Clock, follow
+from .point import ErasurePoint
+from .report import Recorder
+from .selecting import Concepts, Selector, Strength, per_prompt
+from .tables import SteeringTables
+
+if TYPE_CHECKING:
+    from saemnesia_fast.concepts import ConceptTable
+    from saemnesia_fast.sae import TopKSAE
+
+HALVES = ("both", "cond")
+NUM_TRAIN_TIMESTEPS = 1000
+
+logger = logging.getLogger("saemnesia_fast")
+
+
+@torch.inference_mode(False)
+def apply_erasure(
+    pipe: Any,
+    sae: TopKSAE | Mapping[str, TopKSAE],
+    table: ConceptTable | Mapping[str, ConceptTable],
+    concepts: Concepts,
+    strength: Strength = -5.0,
+    mode: str = "exact",
+    halves: str = "both",
+    start: float = 0.0,
+    stop: float = 1.0,
+    *,
+    num_latents: int | None = None,
+    percentile: float | None = None,
+    scale: str = "mean",
+    reselect: bool = False,
+    stream: str = "output",
+    record: bool = False,
+    max_latents: int | None = None,
+    cfg: bool | None = None,
+) -> Erasure:
+    """Erase concepts from all images of a pipeline, or outputs of a UNet, until the handle is removed (SPEC 3).
+
+    Takes effect before or after torch.compile. Every call of the pipeline is checked to have been erased, and raises
+    RuntimeError otherwise; a bare UNet is checked at its first call and at the first of each device, dtype and shape,
+    unless the object handed in gets compiled later: then call `Erasure.verify`. An earlier erasure at the same hook
+    point is replaced; one at another hook point stays.
+
+    Args:
+        pipe: a diffusers pipeline with a UNet, or the UNet, compiled or not.
+        sae: the SAE of the table's hook point, or {hook point: SAE}.
+        table: the concept table, or {hook point: table}.
+        concepts: a name, names, or a list of names for each prompt of the batch, which may be empty. A prompt's images
+            (`num_images_per_prompt`) share its list.
+        strength: gamma, or {concept: gamma}; negative erases (SPEC 3.1).
+        mode: "exact", "released" or "reconstruct" (SPEC 3.2).
+        halves: steer "both" halves of a guided batch or only the conditional one, "cond".
+        start, stop: fractions of the denoising between which to steer, by the true timestep, both ends included.
+        num_latents, percentile, scale, reselect: choice of latents and factors, see `ConceptTable.select`.
+        stream: the SAE reads the block's "output", or "residual" = output - input (SDXL).
+        record: gather what `Erasure.report` gives; slower, and a break in compiled graphs.
+        max_latents: room for so many latents a step in later `Erasure.set` calls; by default what `concepts` need,
+            rounded up to a power of two, at least 8.
+        cfg: whether batches hold an unconditional and a conditional half. Pipelines say so themselves; a bare UNet
+            needs it with halves="cond" or a list for each prompt.
+
+    Raises:
+        ValueError: an unknown concept or hook point, a table of another SAE, a width d that differs, an option out of
+            range.
+        TypeError: `pipe` has no UNet, or `concepts` mixes names and lists.
+    """
+    check_mode(mode)
+    for name, value, known in (("halves", halves, HALVES), ("stream", stream, STREAMS)):
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    if not 0 <= start < stop <= 1:
+        raise ValueError(f"start, stop: expected 0 <= start < stop <= 1, got {start} and {stop}")
+    if max_latents is not None and max_latents < 1:
+        raise ValueError(f"max_latents: expected >= 1, got {max_latents}")
+
+    unet = get_unet(pipe)
+    is_pipeline = not isinstance(pipe, nn.Module)
+    saes, tables = _by_hook_point(sae, table)
+    blocks = {name: find_hook_point(unet, name) for name in saes}
+    for name, block in blocks.items():
+        _check_fit(name, block, saes[name], tables[name], stream)
+    lists = per_prompt(concepts)
+    if cfg is None and (halves == "cond" or len(lists) > 1) and not (is_pipeline and tells_guidance(pipe)):
+        raise ValueError(
+            f"cfg: expected True or False with halves='cond' or a list of concepts for each prompt, since "
+            f"{type(pipe).__name__} does not say whether its batch holds two guidance halves"
+        )
+
+    selector = Selector(
+        tables=tables,
+        decoder_norms={n: s.W_dec.detach().float().norm(dim=1) for n, s in saes.items()} if scale == "norm" else {},
+        num_latents=num_latents,
+        percentile=percentile,
+        scale=scale,
+        reselect=reselect,
+        settings={"mode": mode, "halves": halves, "start": start, "stop": stop, "stream": stream},
+    )
+    clock = Clock()
+    window = _window(pipe, start, stop)
+    points = {}
+    for name in saes:
+        steering = SteeringTables(tables[name].timesteps, selector(name, concepts, strength), max_latents)
+        points[name] = ErasurePoint(
+            name,
+            saes[name],
+            steering,
+            clock,
+            mode=mode,
+            residual=stream == "residual",
+            conditional_only=halves == "cond",
+            norm_scaled=scale == "norm",
+            window=window,
+            recorder=Recorder() if record else None,
+        )
+    device = next(unet.parameters()).device
+    if device.type != "meta":  # offloaded weights: the hooks follow the activations
+        for module in (clock, *points.values()):
+            follow(module, device)
+    erasure = Erasure(points, clock, selector, concepts, strength, cfg)
+    guard = guard_pipeline if is_pipeline else guard_unet
+    erasure.attach(get_time_proj(unet), blocks, partial(guard, pipe))
+    logger.debug("erasure applied:\n%s", erasure.explain())
+    return erasure
+
+
+def _by_hook_point(
+    sae: TopKSAE | Mapping[str, TopKSAE], table: ConceptTable | Mapping[str, ConceptTable]
+) -> tuple[dict[str, TopKSAE], dict[str, ConceptTable]]:
+    """Both as {name inside the UNet: ...}, with the same names in the same order."""
+    if isinstance(table, Mapping):
+        tables = {normalize_hook_point(name): one for name, one in table.items()}
+    else:
+        tables = {normalize_hook_point(table.hook_point): table}
+    if isinstance(sae, Mapping):
+        saes = {normalize_hook_point(name): one for name, one in sae.items()}
+    else:
+        saes = dict.fromkeys(tables, sae)
+    if not saes or set(saes) != set(tables):
+        raise ValueError(f"sae, table: expected the same hook points, got {sorted(saes)} and {sorted(tables)}")
+    return saes, {name: tables[name] for name in saes}
+
+
+def _check_fit(name: str, block: nn.Module, sae: TopKSAE, table: ConceptTable, stream: str) -> None:
+    config: Any = block.config
+    channels = config.in_channels
+    if sae.d != channels:
+        raise ValueError(f"sae: expected d = {channels} to match the channels of {name}, got d = {sae.d}")
+    if normalize_hook_point(table.hook_point) != name:
+        raise ValueError(f"table: expected one made at {name}, got one made at {table.hook_point}")
+    if table.sampler.get("stream", stream) != stream:
+        raise ValueError(f"stream: expected {table.sampler['stream']!r} as in the table of {name}, got {stream!r}")
+    table.check_sae(sae)
+
+
+def _window(pipe: Any, start: float, stop: float) -> tuple[float, float]:
+    """First and last timestep inside: a fraction f of the denoising is at timestep (1 - f) * num_train_timesteps."""
+    scheduler = getattr(pipe, "scheduler", None)
+    steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", NUM_TRAIN_TIMESTEPS)
+    return (math.inf if start == 0 else (1 - start) * steps, -math.inf if stop == 1 else (1 - stop) * steps)
