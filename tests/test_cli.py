@@ -1,5 +1,6 @@
 """The command line itself; each command's work is tested with the module that does it."""
 
+import builtins
 import dataclasses
 import subprocess
 import sys
@@ -19,9 +20,7 @@ class Fail:
     kind: str = "ValueError"
 
     def run(self) -> None:
-        raise {"ValueError": ValueError, "KeyError": KeyError, "OSError": OSError, "RuntimeError": RuntimeError}[
-            self.kind
-        ]("k: expected 1 <= k <= N = 8,\ngot 9")
+        raise getattr(builtins, self.kind)("k: expected 1 <= k <= N = 8,\ngot 9")
 
 
 @pytest.fixture
@@ -90,7 +89,7 @@ def test_unknown_option_exits_with_2(fail_command: None) -> None:
     assert exit_status("fail", "--no-such-option", "1") == 2
 
 
-@pytest.mark.parametrize("kind", ["ValueError", "KeyError", "OSError"])
+@pytest.mark.parametrize("kind", ["ValueError", "KeyError", "OSError", "ImportError"])
 def test_user_error_is_one_line_and_status_2(
     kind: str, fail_command: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

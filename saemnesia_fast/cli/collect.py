@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from saemnesia_fast.training import CollectConfig, collect_activations
-from saemnesia_fast.training.sampling import load_pipeline, read_prompts
+
+from .inputs import load_pipeline, read_prompts
 
 logger = logging.getLogger("saemnesia_fast")
 

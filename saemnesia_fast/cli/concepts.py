@@ -7,6 +7,8 @@ from typing import Literal
 
 from saemnesia_fast.files import read_json
 
+from .inputs import load_pipeline
+
 logger = logging.getLogger("saemnesia_fast")
 
 
@@ -52,10 +54,9 @@ class Concepts:
     """Precision of the pipeline; the SAE runs in float32."""
 
     def run(self) -> None:
-        prompts, kinds = read_prompts(self.prompts)
+        prompts, kinds = read_concepts(self.prompts)
 
         import torch
-        from diffusers import DiffusionPipeline
 
         from saemnesia_fast.concepts import collect_concepts
         from saemnesia_fast.sae import TopKSAE
@@ -64,8 +65,7 @@ class Concepts:
         sae = TopKSAE.from_pretrained(
             self.sae, subfolder=self.sae_subfolder, revision=self.sae_revision, device=device, dtype=torch.float32
         )
-        pipe = DiffusionPipeline.from_pretrained(self.model, revision=self.revision, use_safetensors=True)
-        pipe.to(device, getattr(torch, self.dtype))
+        pipe = load_pipeline(self.model, self.revision, device, self.dtype)
         table = collect_concepts(
             pipe,
             sae,
@@ -86,7 +86,7 @@ class Concepts:
         logger.info("wrote %s to %s", table, self.out)
 
 
-def read_prompts(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+def read_concepts(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
     """({concept: prompts}, {concept: kind}) of a JSON file {concept: {"kind": str, "prompts": [str]}}.
 
     Raises:

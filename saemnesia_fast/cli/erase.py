@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .inputs import load_pipeline
+
 logger = logging.getLogger("saemnesia_fast")
 
 
@@ -65,7 +67,6 @@ class Erase:
 
     def run(self) -> None:
         import torch
-        from diffusers import DiffusionPipeline
 
         from saemnesia_fast.concepts import ConceptTable
         from saemnesia_fast.erasure import apply_erasure
@@ -76,8 +77,7 @@ class Erase:
         sae = TopKSAE.from_pretrained(
             self.sae, subfolder=self.sae_subfolder, revision=self.sae_revision, device=device, dtype=torch.float32
         )
-        pipe = DiffusionPipeline.from_pretrained(self.model, revision=self.revision, use_safetensors=True)
-        pipe.to(device, getattr(torch, self.dtype))
+        pipe = load_pipeline(self.model, self.revision, device, self.dtype)
         erasure = apply_erasure(
             pipe,
             sae,

@@ -28,8 +28,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. `argv` defaults to the process's arguments.
 
-    A mistake of the user (`ValueError`, `KeyError`, `OSError`, `ImportError`) ends with one line on stderr and exit status 2;
-    `SAEMNESIA_FAST_DEBUG=1` gives the traceback instead.
+    A mistake of the user (`ValueError`, `KeyError`, `OSError`, `ImportError`) ends with one line on stderr and exit
+    status 2; `SAEMNESIA_FAST_DEBUG=1` gives the traceback instead.
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):

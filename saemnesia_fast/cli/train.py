@@ -7,7 +7,8 @@ from typing import Literal
 
 from saemnesia_fast.training import LiveActivations, Sampling, ShardActivations, TrainConfig, train_sae
 from saemnesia_fast.training.data import ActivationSource
-from saemnesia_fast.training.sampling import load_pipeline, read_prompts
+
+from .inputs import load_pipeline, read_prompts
 
 logger = logging.getLogger("saemnesia_fast")
 

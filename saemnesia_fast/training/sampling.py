@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from saemnesia_fast.hookpoints import capture
-
-logger = logging.getLogger("saemnesia_fast")
 
 
 @dataclass(kw_only=True)
@@ -85,27 +81,3 @@ def _without_progress_bar(pipe: Any) -> Iterator[None]:
         yield
     finally:
         pipe.set_progress_bar_config(**config)
-
-
-def load_pipeline(model: str, revision: str | None, device: str | None, dtype: str) -> Any:
-    """A diffusers pipeline from a folder or a Hub repository, from safetensors only, on `device` in `dtype`.
-
-    The default device is cuda where there is one, else the CPU.
-    """
-    from diffusers import DiffusionPipeline
-
-    if revision is None and not Path(model).exists():
-        logger.warning("model: %s is read from the Hub without a pinned revision", model)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = DiffusionPipeline.from_pretrained(
-        model, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True
-    )
-    return pipe.to(device)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line; blank lines do not count."""
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompts: expected at least one line in {path}, got none")
-    return prompts

@@ -1,0 +1,98 @@
+"""`saemnesia-fast demo`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from ..files import write_atomic, write_json
+from .inputs import quiet_libraries
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..minicanvas.canvas import MiniCanvas, Request
+
+
+@dataclass(kw_only=True)
+class Demo:
+    """Erase a concept from a small diffusion model that comes with the package, and show it.
+
+    Paints every object in every style with the same seeds before and after, and writes a picture and its scores.
+    """
+
+    object: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default_factory=tuple)
+    """An object to erase; may be repeated. Without any object or style: fish."""
+    style: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default_factory=tuple)
+    """A style to erase; may be repeated."""
+    out: Path = Path("demo")
+    """Folder for the PNG and the JSON."""
+    images: int = 3
+    """Pictures of every object in every style that are scored; the first of each is shown."""
+    seed: int = 7_000_000
+    """Seed of the pictures."""
+
+    def run(self) -> None:
+        quiet_libraries()
+        from ..minicanvas.canvas import KINDS, MiniCanvas, requests
+        from ..minicanvas.drawing import OBJECTS, STYLES
+        from ..minicanvas.picture import comparison
+
+        concepts = [*self.object, *self.style] or ["fish"]
+        for kind, names in (("object", self.object), ("style", self.style)):
+            for name in names:
+                if name not in KINDS[kind]:
+                    raise ValueError(f"{kind}: expected one of {', '.join(KINDS[kind])}, got {name!r}")
+        canvas = MiniCanvas.load()
+        wanted = requests(self.images, self.seed)
+        canvas.paint(wanted[:2])
+        before, plain_seconds = _timed(canvas, wanted, "before")
+        with canvas.erased(concepts):
+            after, erased_seconds = _timed(canvas, wanted, "after")
+
+        name = "without-" + "-".join(concepts).replace(" ", "_")
+        shown = len(OBJECTS) * len(STYLES)
+        scores = canvas.scores(after, wanted, concepts)
+        report = _report(concepts, scores, canvas, plain_seconds / len(wanted), erased_seconds / len(wanted), self)
+        caption = f"erased: {', '.join(concepts)}    UA {report['UA']}   IRA {report['IRA']}   CRA {report['CRA']}"
+        picture = comparison(before[:shown], after[:shown], concepts, caption)
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.out / f"{name}.png", lambda path: picture.save(path, format="PNG"))
+        write_json(self.out / f"{name}.json", report)
+        _print(report, self.out / name)
+
+
+def _timed(canvas: MiniCanvas, wanted: Sequence[Request], label: str) -> tuple[Tensor, float]:
+    started = time.perf_counter()
+    images = canvas.paint(wanted, progress=label)
+    return images, time.perf_counter() - started
+
+
+def _report(
+    concepts: Sequence[str], scores: dict[str, Any], canvas: MiniCanvas, plain: float, erased: float, demo: Demo
+) -> dict[str, Any]:
+    from ..evaluation import mean_scores
+
+    mean = mean_scores(list(scores.values())).as_dict()
+    return mean | {
+        "erased": list(concepts),
+        "by_kind": {kind: one.as_dict() for kind, one in scores.items()},
+        "images": demo.images * 48,
+        "seed": demo.seed,
+        "seconds_per_image": {"before": round(plain, 4), "after": round(erased, 4)},
+        "settings": {kind: vars(canvas.settings[kind]) for kind in scores},
+    }
+
+
+def _print(report: dict[str, Any], stem: Path) -> None:
+    seconds = report["seconds_per_image"]
+    print(f"\nerased: {', '.join(report['erased'])}   ({report['images']} pictures before and after, same seeds)\n")
+    print("  UA      IRA     CRA     debris")
+    print("  " + "".join(f"{report[key]:<8.1f}" for key in ("UA", "IRA", "CRA", "debris")) + "percent")
+    print(f"\n  seconds per image   before {seconds['before']:.3f}   after {seconds['after']:.3f}")
+    print(f"\n  {stem}.png\n  {stem}.json")

@@ -1,0 +1,128 @@
+"""MiniCanvas as it is shipped: its record, its pipeline, its erasures, its demo and its builder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from saemnesia_fast.cli.demo import Demo
+from saemnesia_fast.cli.main import main
+from saemnesia_fast.files import read_json
+from saemnesia_fast.minicanvas.build import BuildConfig, Builder
+from saemnesia_fast.minicanvas.canvas import WEIGHTS, MiniCanvas, requests
+from saemnesia_fast.minicanvas.classifier import accuracy
+from saemnesia_fast.minicanvas.drawing import OBJECTS, STYLES, draw_all
+from saemnesia_fast.minicanvas.settings import HOOK_POINTS, SETTINGS
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+BARS = {"object": {"UA": 92, "IRA": 97, "CRA": 98}, "style": {"UA": 85, "IRA": 93, "CRA": 93}}
+
+
+@pytest.fixture(scope="module")
+def canvas() -> MiniCanvas:
+    return MiniCanvas.load()
+
+
+def test_the_record_meets_the_bars():
+    record = read_json(WEIGHTS / "record.json")
+    stages = record["stages"]
+    assert min(stages["judge"]["test_accuracy"].values()) >= 0.99
+    assert min(stages["unet"]["generated_accuracy"][kind] for kind in ("object", "style")) >= 0.97
+    assert all(stages["sparse_autoencoders"][name]["fvu"] <= 0.10 for name in HOOK_POINTS)
+    assert record["total_minutes"] < 90
+
+
+def test_the_weights_are_small_float16_safetensors():
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25 * 2**20
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt"}
+
+
+def test_the_settings_that_are_shipped_are_those_of_the_code(canvas):
+    assert canvas.settings == SETTINGS
+
+
+@pytest.mark.parametrize("kind", ["object", "style"])
+def test_the_committed_evaluation_meets_the_bars(kind):
+    """SPEC 5.3: means over all concepts of a kind, each erased alone with the kind's one setting."""
+    report = read_json(RESULTS / "minicanvas.json")
+    assert report["settings"] == read_json(WEIGHTS / "settings.json")
+    mean = report[kind]["mean"]
+    for name, bar in BARS[kind].items():
+        values = [scores[name] for scores in report[kind]["concepts"].values()]
+        assert mean[name] == pytest.approx(sum(values) / len(values), abs=0.02)
+        assert mean[name] >= bar, f"{kind} {name}"
+
+
+def test_the_judge_knows_drawn_pictures(canvas):
+    pictures = draw_all(2, seed=77)
+    on_objects, on_styles = accuracy(canvas.judge, pictures.images, pictures.objects, pictures.styles)
+    assert on_objects >= 0.97 and on_styles >= 0.97
+
+
+def test_painting_is_reproducible_and_depends_on_the_seed_alone(canvas):
+    wanted = requests(1, seed=123)[:4]
+    together = canvas.paint(wanted)
+    assert torch.equal(together, canvas.paint(wanted))
+    apart = torch.cat([canvas.paint([one]) for one in wanted])
+    torch.testing.assert_close(together, apart, atol=2e-3, rtol=0)
+
+
+def test_an_erased_object_disappears_and_the_rest_stays(canvas):
+    wanted = requests(1, seed=9_000_000)
+    plain = canvas.paint(wanted)
+    with canvas.erased(["fish"]):
+        erased = canvas.paint(wanted)
+    scores = canvas.scores(erased, wanted, ["fish"])["object"]
+    assert scores.UA >= 80 and scores.IRA >= 93 and scores.CRA >= 95
+    assert torch.equal(canvas.paint(wanted[:4]), plain[:4]) or torch.allclose(
+        canvas.paint(wanted[:4]), plain[:4], atol=2e-3
+    )
+
+
+def test_demo_writes_picture_and_scores(tmp_path, capsys):
+    main(["demo", "--object", "moon", "--style", "neon", "--images", "1", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "without-moon-neon.json").read_text())
+    assert set(report) >= {"UA", "IRA", "CRA", "seconds_per_image"}
+    assert set(report["by_kind"]) == {"object", "style"}
+    assert report["UA"] == pytest.approx(sum(one["UA"] for one in report["by_kind"].values()) / 2, abs=0.01)
+    assert report["seconds_per_image"]["after"] > 0
+    picture = Image.open(tmp_path / "without-moon-neon.png")
+    assert picture.width > 2 * len(OBJECTS) * 64 and picture.height > len(STYLES) * 64
+    assert "UA" in printed and "without-moon-neon.png" in printed
+
+
+def test_demo_names_the_concepts_it_knows(tmp_path):
+    with pytest.raises(ValueError, match=r"object: expected one of star, .*, got 'dog'"):
+        Demo(object=("dog",), out=tmp_path).run()
+
+
+@pytest.mark.slow
+def test_the_builder_makes_everything_from_nothing_and_resumes(tmp_path):
+    config = BuildConfig(
+        work=tmp_path / "work",
+        out=tmp_path / "out",
+        pictures_per_combination=2,
+        autoencoder_steps=2,
+        judge_steps=2,
+        text_steps=2,
+        unet_steps=2,
+        sae_images_per_combination=1,
+        sae_steps=2,
+        num_latents=64,
+        k=4,
+        progress=False,
+    )
+    record = Builder(config).run()
+    stages = ["autoencoder", "judge", "text_encoder", "unet", "activations", "sparse_autoencoders", "concepts"]
+    assert list(record["stages"]) == stages
+    made = MiniCanvas.load(config.out)
+    with made.erased(["fish", "neon"]) as erasures:
+        assert made.paint(requests(1, seed=0)[:2]).isfinite().all()
+        assert {point for one in erasures for point in one.hook_points} == set(made.saes)
+    before = (tmp_path / "work" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    assert Builder(config).run() == record
+    assert (tmp_path / "work" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
