@@ -8,6 +8,8 @@ from torch import nn
 from saemnesia_fast.minicanvas import autoencoder, drawing, text
 from saemnesia_fast.minicanvas.canvas import kind_of, requests
 from saemnesia_fast.minicanvas.loop import Average, fit
+from saemnesia_fast.minicanvas.settings import HOOK_POINTS, SETTINGS
+from saemnesia_fast.minicanvas.unet import build_unet
 
 
 def test_pictures_are_seeded_distinct_and_of_eight_bits():
@@ -107,3 +109,22 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(tmp_path, monkeypatch):
     resumed = _run(tmp_path / "b")
     assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
     assert not list((tmp_path / "b").iterdir())
+
+
+def test_objects_and_styles_are_erased_at_different_hook_points():
+    """Else erasing both at once would have the second erasure replace the first."""
+    assert not set(SETTINGS["object"].strength) & set(SETTINGS["style"].strength)
+    assert set(HOOK_POINTS) == {point for setting in SETTINGS.values() for point in setting.strength}
+
+
+def test_text_does_not_reach_the_last_attention_block():
+    """So that every hook point through which a concept enters has layers after it."""
+    unet = build_unet()
+    sample, timestep = torch.randn(2, 8, 8, 8), torch.tensor(500)
+    seen = []
+    block = unet.up_blocks[1].attentions[1].transformer_blocks[0]
+    block.attn2.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        unet(sample, timestep, torch.randn(2, 16, 64))
+    assert seen[0].eq(0).all()
+    assert not any(p.requires_grad for p in block.attn2.to_out[0].parameters())

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from .canvas import Setting
 
-HOOK_POINTS = (
-    "mid_block.attentions.0",
-    "up_blocks.0.attentions.0",
-    "up_blocks.0.attentions.1",
-    "up_blocks.1.attentions.0",
-    "up_blocks.1.attentions.1",
-)
+OBJECTS_AT = "up_blocks.0.attentions.1"
+STYLES_AT = "up_blocks.1.attentions.0"
+HOOK_POINTS = (OBJECTS_AT, STYLES_AT)
 
 SETTINGS = {
-    "object": Setting(strength={"up_blocks.0.attentions.1": -8.0}, num_latents=16),
-    "style": Setting(strength={"up_blocks.1.attentions.0": -3.0, "up_blocks.1.attentions.1": -3.0}, num_latents=16),
+    "object": Setting(strength={OBJECTS_AT: -8.0}, num_latents=16, scale="constant"),
+    "style": Setting(strength={STYLES_AT: -3.0}, num_latents=8, scale="constant"),
 }

@@ -17,11 +17,12 @@ from .text import HIDDEN
 
 
 def build_unet() -> UNet2DConditionModel:
-    """8x8x8 latents, channels (64, 96), one layer a block; text enters at 4x4 and in the 8x8 up block.
+    """8x8x8 latents, channels (64, 96), one layer a block; text enters at 4x4 and once in the 8x8 up block.
 
-    The first down block has no cross-attention, so that no text reaches the last up block around the hook points.
+    The first down block has no cross-attention and that of the last up block is held at zero: text reaches the picture
+    through hook points that have layers after them, which is where a concept can be erased.
     """
-    return UNet2DConditionModel(
+    model = UNet2DConditionModel(
         sample_size=8,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
@@ -33,6 +34,10 @@ def build_unet() -> UNet2DConditionModel:
         attention_head_dim=(2, 3),
         norm_num_groups=16,
     )
+    read_text = model.up_blocks[-1].attentions[-1].transformer_blocks[0].attn2.to_out[0]
+    for parameter in read_text.parameters():
+        torch.nn.init.zeros_(parameter.requires_grad_(False))
+    return model
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -82,7 +87,9 @@ def train_unet(
         target = scheduler.get_velocity(clean, noise, timesteps)
         return F.mse_loss(model(noisy, timesteps, text, return_dict=False)[0], target)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01
+    )
     warm = 100
 
     def rate(step: int) -> float:
