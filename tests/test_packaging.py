@@ -65,7 +65,9 @@ def test_wheel_holds_every_module_once_and_no_top_level_kernels(wheel: Path) -> 
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "saemnesia_fast").rglob("*.py")}
     expected |= {f"saemnesia_fast/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == expected
-    assert "saemnesia_fast/py.typed" in names
+    weights = ROOT / "saemnesia_fast" / "minicanvas" / "weights"
+    expected_data = {path.relative_to(ROOT).as_posix() for path in weights.rglob("*") if path.is_file()}
+    assert expected_data | {"saemnesia_fast/py.typed"} <= set(names)
     assert {name.split("/")[0] for name in names} == {
         "saemnesia_fast",
         f"{'-'.join(wheel.name.split('-')[:2])}.dist-info",
