@@ -27,7 +27,7 @@ class Demo:
     """
 
     object: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default_factory=tuple)
-    """An object to erase; may be repeated. Without any object or style: fish."""
+    """An object to erase; may be repeated. Without any object or style: flower."""
     style: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default_factory=tuple)
     """A style to erase; may be repeated."""
     out: Path = Path("demo")
@@ -43,7 +43,7 @@ class Demo:
         from ..minicanvas.drawing import OBJECTS, STYLES
         from ..minicanvas.picture import comparison
 
-        concepts = [*self.object, *self.style] or ["fish"]
+        concepts = [*self.object, *self.style] or ["flower"]
         for kind, names in (("object", self.object), ("style", self.style)):
             for name in names:
                 if name not in KINDS[kind]:
