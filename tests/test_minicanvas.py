@@ -101,8 +101,8 @@ def test_demo_writes_picture_and_scores(tmp_path, capsys):
     assert set(report["by_kind"]) == {"object", "style"}
     assert report["UA"] == pytest.approx(sum(one["UA"] for one in report["by_kind"].values()) / 2, abs=0.01)
     assert report["seconds_per_image"]["after"] > 0
-    picture = Image.open(tmp_path / "without-moon-neon.png")
-    assert picture.width > 2 * len(OBJECTS) * 64 and picture.height > len(STYLES) * 64
+    with Image.open(tmp_path / "without-moon-neon.png") as picture:
+        assert picture.width > 2 * len(OBJECTS) * 64 and picture.height > len(STYLES) * 64
     assert "UA" in printed and "without-moon-neon.png" in printed
 
 
