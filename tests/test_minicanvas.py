@@ -44,7 +44,7 @@ def test_the_settings_that_are_shipped_are_those_of_the_code(canvas):
     assert canvas.settings == SETTINGS
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="the open bar: UA of styles is 84.0, one point short")
+NOT_YET = pytest.mark.xfail(strict=True, reason="open: styles do not reach this bar yet")
 
 
 @pytest.mark.parametrize(
