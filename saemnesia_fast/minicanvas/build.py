@@ -91,7 +91,9 @@ class Builder:
                 continue
             started = time.monotonic()
             result = stage()
-            result.setdefault("seconds", round(time.monotonic() - started, 1))
+            # A stage that was interrupted has trained for longer than this process has seen of it.
+            seconds = max(time.monotonic() - started, result.get("training_seconds", 0.0))
+            result["seconds"] = round(seconds, 1)
             self.record["stages"][name] = result
             write_json(self.record_file, self.record)
             logger.info("minicanvas: %s done: %s", name, result)

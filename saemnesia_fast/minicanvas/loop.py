@@ -53,7 +53,7 @@ def fit(
     average: Average | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Trains `module` for `steps` steps and returns {"steps", "seconds", "loss"}.
+    """Trains `module` for `steps` steps and returns {"steps", "training_seconds", "loss"}.
 
     `loss(step, generator)` computes one batch's loss; its generator is seeded by (seed, step) alone, so that a run that
     was interrupted goes on as if it had not been. The state is kept in `folder/<name>.state.safetensors`.
@@ -87,7 +87,7 @@ def fit(
     module.eval()
     state_file.unlink(missing_ok=True)
     final = torch.stack(recent).mean().item() if recent else float("nan")
-    return {"steps": steps, "seconds": round(seconds + time.monotonic() - started, 1), "loss": final}
+    return {"steps": steps, "training_seconds": round(seconds + time.monotonic() - started, 1), "loss": final}
 
 
 def _save(
