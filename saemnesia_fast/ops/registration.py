@@ -30,12 +30,54 @@ _library.define(
     "Tensor? W_enc, Tensor? extra_d_value) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
-for _op in backend.OPS:
-    backend.register(_op, "eager", getattr(reference, _op))
-
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+# What fills a slot takes the op's own arguments: tokens [..., d] of any strides, lines [G, S], results of the op's shapes.
+
+
+def _eager_encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = reference.encode_topk(_rows(x), W_enc, b_enc, b_dec, k)
+    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+
+
+def _eager_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    x_hat = reference.decode(_rows(values), _rows(indices), W_dec, b_dec)
+    return x_hat.view(*values.shape[:-1], W_dec.shape[1])
+
+
+def _eager_erase(x: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(x).copy_(reference.erase(_rows(x), *arguments).view(x.shape))
+
+
+def _eager_probe(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    activations, steered = reference.probe(_rows(x), *arguments)
+    shape = (*x.shape[:-1], activations.shape[1])
+    return activations.view(shape), steered.view(shape)
+
+
+def _eager_latent_gradients(
+    values: Tensor,
+    indices: Tensor,
+    grad_x_hat: Tensor,
+    x: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    W_enc: Tensor | None,
+    extra_d_value: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    extra = None if extra_d_value is None else _rows(extra_d_value)
+    rows = [_rows(tensor) for tensor in (values, indices, grad_x_hat, x)]
+    return reference.latent_gradients(*rows, W_dec, b_dec, W_enc, extra)
+
+
+backend.register("encode_topk", "eager", _eager_encode_topk)
+backend.register("decode", "eager", _eager_decode)
+backend.register("erase", "eager", _eager_erase)
+backend.register("probe", "eager", _eager_probe)
+backend.register("latent_gradients", "eager", _eager_latent_gradients)
 
 
 def _implement(op: str, key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -48,8 +90,7 @@ def _implement(op: str, key: str) -> Callable[[Callable[..., Any]], Callable[...
 
 @_implement("encode_topk", "CompositeExplicitAutograd")
 def _encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    values, indices = backend.select("encode_topk", x.device)(_rows(x), W_enc, b_enc, b_dec, k)
-    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+    return backend.select("encode_topk", x.device)(x, W_enc, b_enc, b_dec, k)
 
 
 @torch.library.register_fake("saemnesia_fast::encode_topk", lib=_library)
@@ -61,8 +102,7 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[T
 @_implement("decode", "CompositeExplicitAutograd")
 def _decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     check_range("indices", indices, W_dec.shape[0])
-    x_hat = backend.select("decode", values.device)(_rows(values), _rows(indices), W_dec, b_dec)
-    return x_hat.view(*values.shape[:-1], W_dec.shape[1])
+    return backend.select("decode", values.device)(values, indices, W_dec, b_dec)
 
 
 @torch.library.register_fake("saemnesia_fast::decode", lib=_library)
@@ -73,8 +113,7 @@ def _(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
 @_implement("erase", "CompositeExplicitAutograd")
 def _erase(x: Tensor, *arguments: Any) -> Tensor:
     check_range("latents", arguments[5], arguments[0].shape[0])
-    erased = backend.select("erase", x.device)(_rows(x), *arguments)
-    return torch.empty_like(x).copy_(erased.view(x.shape))
+    return backend.select("erase", x.device)(x, *arguments)
 
 
 @torch.library.register_fake("saemnesia_fast::erase", lib=_library)
@@ -84,11 +123,8 @@ def _(x: Tensor, *arguments: Any) -> Tensor:
 
 @_implement("probe", "CompositeExplicitAutograd")
 def _probe(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    latents = arguments[4]
-    check_range("latents", latents, arguments[0].shape[0])
-    activations, steered = backend.select("probe", x.device)(_rows(x), *arguments)
-    shape = (*x.shape[:-1], latents.shape[1])
-    return activations.view(shape), steered.view(shape)
+    check_range("latents", arguments[4], arguments[0].shape[0])
+    return backend.select("probe", x.device)(x, *arguments)
 
 
 @torch.library.register_fake("saemnesia_fast::probe", lib=_library)
@@ -99,19 +135,10 @@ def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 @_implement("latent_gradients", "CompositeExplicitAutograd")
 def _latent_gradients(
-    values: Tensor,
-    indices: Tensor,
-    grad_x_hat: Tensor,
-    x: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    W_enc: Tensor | None,
-    extra_d_value: Tensor | None,
+    values: Tensor, indices: Tensor, grad_x_hat: Tensor, x: Tensor, W_dec: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_range("indices", indices, W_dec.shape[0])
-    extra = None if extra_d_value is None else _rows(extra_d_value)
-    rows = [_rows(tensor) for tensor in (values, indices, grad_x_hat, x)]
-    return backend.select("latent_gradients", x.device)(*rows, W_dec, b_dec, W_enc, extra)
+    return backend.select("latent_gradients", x.device)(values, indices, grad_x_hat, x, W_dec, *arguments)
 
 
 @torch.library.register_fake("saemnesia_fast::latent_gradients", lib=_library)
