@@ -95,15 +95,14 @@ class Erasure:
     def paused(self) -> Iterator[None]:
         """Leave every image as it is inside the context; a switch on the device, so nothing is recompiled."""
         self._check_in_effect()
-        switches = [point.tables.enabled for point in self._points.values()]
-        before = [bool(switch) for switch in switches]
-        for switch in switches:
-            switch.fill_(False)
+        before = {name: point.tables.enabled for name, point in self._points.items()}
+        for point in self._points.values():
+            point.tables.enable(False)
         try:
             yield
         finally:
-            for point, enabled in zip(self._points.values(), before, strict=True):
-                point.tables.enabled.fill_(enabled)
+            for name, enabled in before.items():
+                self._points[name].tables.enable(enabled)
 
     def remove(self) -> None:
         """Take everything off again, leaving the pipeline as it was (SPEC 7.4). A second call does nothing."""

@@ -11,7 +11,7 @@ from saemnesia_fast import ops
 from saemnesia_fast.sae import unit_norm_statistics
 
 from .report import Recorder
-from .tables import SteeringLines, SteeringTables
+from .tables import SteeringTables
 
 if TYPE_CHECKING:
     from saemnesia_fast.sae import TopKSAE
@@ -94,7 +94,7 @@ class ErasurePoint(nn.Module):
             self._record(self.recorder, tokens, lines, num_halves)
         return erased.permute(0, 3, 1, 2).contiguous(memory_format=_memory_format(output))
 
-    def _edit(self, tokens: Tensor, lines: SteeringLines) -> Tensor:
+    def _edit(self, tokens: Tensor, lines: ops.SteeringLines) -> Tensor:
         given = tokens
         if self.unit_norm:
             mean, std = unit_norm_statistics(tokens)
@@ -121,7 +121,7 @@ class ErasurePoint(nn.Module):
         return torch.where(active[:, None, None, None], edited, tokens)
 
     @torch.compiler.disable
-    def _record(self, recorder: Recorder, tokens: Tensor, lines: SteeringLines, num_halves: int | None) -> None:
+    def _record(self, recorder: Recorder, tokens: Tensor, lines: ops.SteeringLines, num_halves: int | None) -> None:
         tokens = tokens.detach()
         if self.unit_norm:
             mean, std = unit_norm_statistics(tokens)

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from saemnesia_fast import ops
 
 if TYPE_CHECKING:
     from saemnesia_fast.concepts import Selection
 
 MIN_CAPACITY = 8
-
-
-class SteeringLines(NamedTuple):
-    """L lines as `ops.erase` takes them, each for an equal share of consecutive rows."""
-
-    latents: Tensor
-    """[L, S] int64."""
-    thresholds: Tensor
-    """[L, S] float32, +inf where nothing is to be steered."""
-    factors: Tensor
-    """[L, S] float32."""
-    owners: Tensor
-    """[L, S] int64, index into the erased concepts, -1 for none."""
-    active: Tensor
-    """[L] bool: False where the rows are to stay as they are, whatever the mode."""
 
 
 class SteeringTables(nn.Module):
@@ -44,8 +31,7 @@ class SteeringTables(nn.Module):
     thresholds: Tensor
     factors: Tensor
     owners: Tensor
-    occupied: Tensor
-    enabled: Tensor
+    switches: Tensor
 
     def __init__(self, timesteps: Tensor, selections: Sequence[Selection | None], capacity: int | None = None) -> None:
         super().__init__()
@@ -58,8 +44,9 @@ class SteeringTables(nn.Module):
         self.register_buffer("thresholds", torch.full(shape, math.inf))
         self.register_buffer("factors", torch.ones(shape))
         self.register_buffer("owners", torch.full(shape, -1))
-        self.register_buffer("occupied", torch.zeros(len(selections), dtype=torch.bool))
-        self.register_buffer("enabled", torch.ones((), dtype=torch.bool))
+        self.register_buffer("switches", torch.zeros(len(selections), dtype=torch.bool))
+        self.enabled = True
+        self.occupied = [False] * len(selections)
         self.concepts: tuple[str, ...] = ()
         self.write(selections)
 
@@ -109,7 +96,13 @@ class SteeringTables(nn.Module):
             new["owners"][:, g, :width] = index[selection.owners]
         for name, values in new.items():
             self.get_buffer(name).copy_(values)
-        self.occupied.copy_(torch.tensor([selection is not None for selection in selections]))
+        self.occupied = [selection is not None for selection in selections]
+        self.enable(self.enabled)
+
+    def enable(self, enabled: bool) -> None:
+        """Let all prompts be steered, or none."""
+        self.enabled = enabled
+        self.switches.copy_(torch.tensor([enabled and occupied for occupied in self.occupied]))
 
     def lookup(
         self,
@@ -118,7 +111,7 @@ class SteeringTables(nn.Module):
         num_halves: int | None,
         conditional_only: bool,
         window: tuple[float, float],
-    ) -> SteeringLines:
+    ) -> ops.SteeringLines:
         """Lines of a UNet call, found on the device: nothing here waits for it or branches on its values.
 
         Args:
@@ -146,22 +139,20 @@ class SteeringTables(nn.Module):
                 f"concepts: expected the UNet's batch to be a multiple of {num_halves} halves x {prompts} prompts, "
                 f"got {images} rows"
             )
-        device = timesteps.device
         if shared:
-            timesteps, block = timesteps[:1], torch.arange(blocks, device=device)
-        else:
-            block = torch.arange(images, device=device) // (images // blocks)
-        times = timesteps.to(torch.float32)
-        step = (self.timesteps - times[:, None]).abs().argmin(1)
-        prompt = block % prompts
+            timesteps = timesteps[:1]
         first, last = window
-        active = self.enabled & self.occupied[prompt] & (times <= first) & (times >= last)
-        if conditional_only and num_halves == 2:
-            active = active & (block >= prompts)
-        return SteeringLines(
-            self.latents[step, prompt],
-            self.thresholds[step, prompt].masked_fill(~active[:, None], math.inf),
-            self.factors[step, prompt],
-            self.owners[step, prompt],
-            active,
+        return ops.steering_lines(
+            timesteps,
+            self.timesteps,
+            self.latents,
+            self.thresholds,
+            self.factors,
+            self.owners,
+            self.switches,
+            num_lines=blocks if shared else images,
+            num_blocks=blocks,
+            first_block=prompts if conditional_only and num_halves == 2 else 0,
+            earliest=first,
+            latest=last,
         )

@@ -6,6 +6,7 @@ Wrong shapes are a ValueError, wrong types a TypeError, naming the argument (SPE
 that token NaN and touches no other. On the CPU the eager results do not depend on how tokens are split into batches.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .backend import backend_report, current_backend, use_backend
 
 __all__ = [
     "SparseLatents",
+    "SteeringLines",
     "backend_report",
     "current_backend",
     "decode",
@@ -24,8 +26,24 @@ __all__ = [
     "erase",
     "latent_gradients",
     "probe",
+    "steering_lines",
     "use_backend",
 ]
+
+
+class SteeringLines(NamedTuple):
+    """L lines as `erase` takes them, each for an equal share of consecutive tokens."""
+
+    latents: Tensor
+    """[L, S] int64."""
+    thresholds: Tensor
+    """[L, S] float32, +inf where nothing is to be steered."""
+    factors: Tensor
+    """[L, S] float32."""
+    owners: Tensor
+    """[L, S] int64, index into the erased concepts, -1 for none."""
+    active: Tensor
+    """[L] bool: False where the tokens are to stay as they are, whatever the mode."""
 
 
 class SparseLatents(NamedTuple):
@@ -112,6 +130,47 @@ def probe(
     if latents.dim() == 1:
         latents, thresholds = latents[None], thresholds[None]
     return torch.ops.saemnesia_fast.probe(x, W_enc, b_enc, b_dec, k, latents, thresholds)
+
+
+def steering_lines(
+    timesteps: Tensor,
+    stored: Tensor,
+    latents: Tensor,
+    thresholds: Tensor,
+    factors: Tensor,
+    owners: Tensor,
+    switches: Tensor,
+    num_lines: int,
+    num_blocks: int = 1,
+    first_block: int = 0,
+    earliest: float = math.inf,
+    latest: float = -math.inf,
+) -> SteeringLines:
+    """The lines of one UNet call, found on the device in tables of T stored timesteps and G prompts (SPEC 2.4, 3.4).
+
+    Line l of L belongs to block `l * num_blocks // L` of the batch and to prompt `block % G`; it is that prompt's entry
+    at the stored timestep nearest to its own, the first of equally near ones. It is active, and steers, where its
+    prompt's switch is on, its block is not below `first_block`, and `earliest >= timestep >= latest` (noise falls).
+
+    timesteps: [1] for all lines or [L]; stored [T] float32; latents, owners int64 and thresholds, factors float32
+    [T, G, S]; switches [G] bool. The caller answers for the shapes: this runs in every UNet call.
+    """
+    return SteeringLines(
+        *torch.ops.saemnesia_fast.steering_lines(
+            timesteps,
+            stored,
+            latents,
+            thresholds,
+            factors,
+            owners,
+            switches,
+            num_lines,
+            num_blocks,
+            first_block,
+            earliest,
+            latest,
+        )
+    )
 
 
 def latent_gradients(

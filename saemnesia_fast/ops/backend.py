@@ -11,7 +11,7 @@ import torch
 logger = logging.getLogger("saemnesia_fast")
 
 BACKENDS = ("cuda", "triton", "cpu", "eager")
-OPS = ("encode_topk", "decode", "erase", "probe", "latent_gradients")
+OPS = ("encode_topk", "decode", "erase", "probe", "steering_lines", "latent_gradients")
 
 
 class Refusal(NamedTuple):

@@ -156,6 +156,36 @@ def probe(
     return activations.where(finite, torch.nan).to(x.dtype), steered
 
 
+def steering_lines(
+    timesteps: Tensor,
+    stored: Tensor,
+    latents: Tensor,
+    thresholds: Tensor,
+    factors: Tensor,
+    owners: Tensor,
+    switches: Tensor,
+    num_lines: int,
+    num_blocks: int,
+    first_block: int,
+    earliest: float,
+    latest: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The lines of one UNet call in tables of T stored timesteps and G prompts (SPEC 2.4, 3.4)."""
+    line = torch.arange(num_lines, device=stored.device)
+    block = line * num_blocks // num_lines
+    prompt = block % latents.shape[1]
+    times = timesteps.to(torch.float32)
+    step = (stored - times[:, None]).abs().argmin(1).expand(num_lines)
+    active = switches[prompt] & (block >= first_block) & (times <= earliest) & (times >= latest)
+    return (
+        latents[step, prompt],
+        thresholds[step, prompt].masked_fill(~active[:, None], torch.inf),
+        factors[step, prompt],
+        owners[step, prompt],
+        active,
+    )
+
+
 def sum_by_latent(weights: Tensor, indices: Tensor, rows: Tensor, num_latents: int) -> Tensor:
     """`out[i] = sum over pairs (m, j) with indices[m, j] = i of weights[m, j] * rows[m]`, m ascending: [N, d].
 

@@ -26,6 +26,11 @@ _library.define(
 )
 _library.define(f"probe({_ENCODER}, int k, Tensor latents, Tensor thresholds) -> (Tensor, Tensor)")
 _library.define(
+    "steering_lines(Tensor timesteps, Tensor stored, Tensor latents, Tensor thresholds, Tensor factors, Tensor owners, "
+    "Tensor switches, SymInt num_lines, SymInt num_blocks, SymInt first_block, float earliest, float latest) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
     "latent_gradients(Tensor values, Tensor indices, Tensor grad_x_hat, Tensor x, Tensor W_dec, Tensor b_dec, "
     "Tensor? W_enc, Tensor? extra_d_value) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -35,7 +40,8 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-# What fills a slot takes the op's own arguments: tokens [..., d] of any strides, lines [G, S], results of the op's shapes.
+# What fills a slot takes the op's arguments as they come, tokens [..., d] of any strides and lines [G, S], and returns
+# the op's own shapes.
 
 
 def _eager_encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -69,14 +75,16 @@ def _eager_latent_gradients(
     extra_d_value: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     extra = None if extra_d_value is None else _rows(extra_d_value)
-    rows = [_rows(tensor) for tensor in (values, indices, grad_x_hat, x)]
-    return reference.latent_gradients(*rows, W_dec, b_dec, W_enc, extra)
+    return reference.latent_gradients(
+        _rows(values), _rows(indices), _rows(grad_x_hat), _rows(x), W_dec, b_dec, W_enc, extra
+    )
 
 
 backend.register("encode_topk", "eager", _eager_encode_topk)
 backend.register("decode", "eager", _eager_decode)
 backend.register("erase", "eager", _eager_erase)
 backend.register("probe", "eager", _eager_probe)
+backend.register("steering_lines", "eager", reference.steering_lines)
 backend.register("latent_gradients", "eager", _eager_latent_gradients)
 
 
@@ -131,6 +139,27 @@ def _probe(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], arguments[4].shape[1])
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.bool)
+
+
+@_implement("steering_lines", "CompositeExplicitAutograd")
+def _steering_lines(timesteps: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return backend.select("steering_lines", timesteps.device)(timesteps, *arguments)
+
+
+@torch.library.register_fake("saemnesia_fast::steering_lines", lib=_library)
+def _(
+    timesteps: Tensor,
+    stored: Tensor,
+    latents: Tensor,
+    thresholds: Tensor,
+    factors: Tensor,
+    owners: Tensor,
+    switches: Tensor,
+    num_lines: int,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    tables = [table.new_empty(num_lines, table.shape[2]) for table in (latents, thresholds, factors, owners)]
+    return (*tables, switches.new_empty(num_lines))
 
 
 @_implement("latent_gradients", "CompositeExplicitAutograd")
@@ -247,6 +276,12 @@ def _(x: Tensor, *arguments: Any) -> Tensor:
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     with _below_autograd():
         return _ops.probe(*arguments)
+
+
+@_implement("steering_lines", "Autograd")
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    with _below_autograd():
+        return _ops.steering_lines(*arguments)
 
 
 @_implement("latent_gradients", "Autograd")
