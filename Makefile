@@ -11,7 +11,7 @@ export PYTHONSAFEPATH := 1
 TORCH = torch==2.13.0$(if $(CPU_LINUX),+cpu triton==3.6.0)
 CPU_LINUX = $(shell [ "$$(uname)" = Linux ] && ! nvidia-smi >/dev/null 2>&1 && echo yes)
 
-.PHONY: demo test lint minicanvas clean
+.PHONY: demo test lint bench gpu minicanvas clean
 
 demo: $(READY)
 	$(BIN)/saemnesia-fast demo --out demo $(ARGS)
@@ -24,17 +24,25 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(READY)
+	$(BIN)/python benchmarks ops $(ARGS)
+
+# With the machine's own Python: nothing is fetched.
+gpu:
+	$(PYTHON) benchmarks gpu $(ARGS)
+
 minicanvas: $(READY)
 	$(BIN)/python -m saemnesia_fast.minicanvas $(ARGS)
 
-$(READY): Makefile pyproject.toml requirements-dev.txt setup.py
+$(READY): Makefile pyproject.toml requirements-dev.txt setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	@echo "Installing into .venv: some minutes the first time"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) $(TORCH) 2>/dev/null || $(PIP) $(TORCH) --extra-index-url $(PYTORCH_CPU)
 	@$(PIP) -r requirements-dev.txt
-	@$(PIP) --no-build-isolation -e .
+	@$(PIP) --no-build-isolation -e . || { echo "Once more, without the C++ extension"; \
+		SAEMNESIA_FAST_BUILD=0 $(PIP) --no-build-isolation -e .; }
 	@touch $@
 
 clean:
-	rm -rf .venv build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info saemnesia_fast/_C*.so
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

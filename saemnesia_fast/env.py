@@ -9,6 +9,7 @@ import torch
 
 from . import __version__
 from .ops import backend_report, current_backend
+from .ops.cpu_backend import build
 
 PACKAGES = ("triton", "diffusers", "transformers", "safetensors", "huggingface_hub", "accelerate", "numpy")
 SWITCHES = ("SAEMNESIA_FAST_BACKEND", "SAEMNESIA_FAST_STRICT")
@@ -31,8 +32,8 @@ def environment() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     lines |= {name: _package_version(name) for name in PACKAGES}
-    for module in ("_C", "_C_cuda"):
-        lines[f"extension {module}"] = "built" if find_spec(f"saemnesia_fast.{module}") else "not built"
+    lines["extension _C"] = build()
+    lines["extension _C_cuda"] = "built" if find_spec("saemnesia_fast._C_cuda") else "not built"
     return lines | {name: os.environ.get(name, "not set") for name in SWITCHES}
 
 

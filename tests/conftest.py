@@ -1,15 +1,21 @@
 """Every test: no Hugging Face Hub, one seed, the same hypothesis examples."""
 
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
-from hypothesis import settings
+
+from saemnesia_fast.ops import backend
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-settings.register_profile("same examples", deadline=None, derandomize=True, print_blob=True)
-settings.load_profile("same examples")
+if find_spec("hypothesis"):  # `make gpu` runs where only the GPU tests' own needs are installed
+    from hypothesis import settings
+
+    settings.register_profile("same examples", deadline=None, derandomize=True, print_blob=True)
+    settings.load_profile("same examples")
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +26,12 @@ def _seed() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture(params=["eager", "cpu"])
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that computes on the CPU, in turn."""
+    if refusal := backend._refusal("erase", request.param, torch.device("cpu")):
+        pytest.skip(refusal.reason)
+    with backend.use_backend(request.param):
+        yield request.param

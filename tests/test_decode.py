@@ -11,6 +11,7 @@ from saemnesia_fast import ops
 from weights import SPLIT_CASES, random_tokens, random_weights, same_bits, threads
 
 OP = torch.ops.saemnesia_fast.decode
+pytestmark = pytest.mark.usefixtures("each_backend")
 decode: Callable[..., Tensor] = ops.decode
 
 

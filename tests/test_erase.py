@@ -13,6 +13,7 @@ from saemnesia_fast import ops
 from weights import SPLIT_CASES, random_tokens, random_weights, same_bits, threads
 
 OP = torch.ops.saemnesia_fast.erase
+pytestmark = pytest.mark.usefixtures("each_backend")
 erase: Callable[..., Tensor] = ops.erase
 MODES = ["exact", "released", "reconstruct"]
 

@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from erasing import HOOK_POINT, STRONG, activations, random_sae, random_table, sae_and_table, unet_call
 from pipelines import generate, tiny_sd, tiny_unet
+from saemnesia_fast import ops
 from saemnesia_fast.erasure import apply_erasure
 from saemnesia_fast.hookpoints import find_hook_point
 
@@ -292,7 +293,9 @@ def test_explain_names_concepts_latents_and_backend():
         text = erasure.explain()
     assert "mode='released'" in text
     assert f"{HOOK_POINT}: cat, sketch" in text
-    assert "erase on cpu: eager" in text
+    (choice,) = [choice for choice in ops.backend_report() if choice.op == "erase"]
+    assert f"erase on cpu: {choice.backend} ({choice.why})" in text
+    assert "steering_lines on cpu: " in text
     assert "not in effect" in erasure.explain()
 
 

@@ -10,6 +10,7 @@ from saemnesia_fast import ops
 from weights import SPLIT_CASES, random_tokens, random_weights, same_bits, threads
 
 OP = torch.ops.saemnesia_fast.probe
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 @given(st.integers(1, 3), st.integers(0, 4), st.integers(1, 20), st.data(), st.integers(0, 99))

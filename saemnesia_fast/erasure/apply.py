@@ -133,8 +133,9 @@ def apply_erasure(
         )
     device = next(unet.parameters()).device
     if device.type != "meta":  # offloaded weights: the hooks follow the activations
-        for module in (clock, *points.values()):
-            follow(module, device)
+        follow(clock, device)
+        for point in points.values():
+            follow(point, device)
     erasure = Erasure(points, clock, selector, concepts, strength, cfg)
     guard = guard_pipeline if is_pipeline else guard_unet
     erasure.attach(get_time_proj(unet), blocks, partial(guard, pipe))

@@ -136,8 +136,9 @@ class Erasure:
         """Start of a pipeline call: follow it to its device, count from zero, report anew."""
         self.verify_attached()
         if device is not None:
-            for module in (self._clock, *self._points.values()):
-                follow(module, device)
+            follow(self._clock, torch.device(device))
+            for point in self._points.values():
+                follow(point, torch.device(device))
         for counter in self._counters():
             counter.zero_()
         self._clear_records()
@@ -198,7 +199,7 @@ class Erasure:
         lines = [self._selector.explain()]
         if not self._attachments:
             lines.append("not in effect: removed, or replaced by another erasure")
-        device = next(iter(self._points.values())).runs.device
+        device = next(iter(self._points.values())).counter.device
         for name, point in self._points.items():
             if name in self._attachments:
                 tables = point.tables
@@ -207,12 +208,13 @@ class Erasure:
                     f"{name}: {', '.join(tables.concepts) or 'nothing'}; {int(used.min())} to {int(used.max())} "
                     f"latents a step, room for {tables.capacity}; {len(tables.timesteps)} stored timesteps"
                 )
-        needed = ("erase",) if next(iter(self._points.values())).recorder is None else ("erase", "probe")
+        recorded = ("probe",) if next(iter(self._points.values())).recorder is not None else ()
+        needed = ("erase", "steering_lines", *recorded)
         lines += [f"{op} on {device}: {name} ({why})" for op, name, why in ops.backend_report(device) if op in needed]
         return "\n".join(lines)
 
     def _counters(self) -> list[Tensor]:
-        return [self._clock.calls, *(point.runs for point in self._points.values())]
+        return [self._clock.counter, *(point.counter for point in self._points.values())]
 
     def _clear_records(self) -> None:
         for point in self._points.values():

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 class Clock(nn.Module):
     """The timesteps of the UNet call in progress, and how many calls there were."""
 
-    calls: Tensor
+    counter: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
         self.timesteps: Tensor | None = None
 
 
-def follow(module: nn.Module, device: torch.device | str) -> None:
+def follow(module: Clock | ErasurePoint, device: torch.device) -> None:
     """Move buffers to `device`, to be used in and out of inference mode; a compiled graph must find them there."""
-    if not torch.compiler.is_compiling() and any(buffer.device != torch.device(device) for buffer in module.buffers()):
+    if not torch.compiler.is_compiling() and module.counter.device != device:
         with torch.inference_mode(False):
             module.to(device)
 
@@ -44,7 +44,7 @@ class ClockHook(ModelHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         follow(self.clock, args[0].device)
         self.clock.timesteps = args[0]
-        self.clock.calls.add_(1)
+        self.clock.counter.add_(1)
         return args, kwargs
 
 

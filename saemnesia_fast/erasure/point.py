@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saemnesia_fast import ops
+from saemnesia_fast.ops.registration import call
 from saemnesia_fast.sae import unit_norm_statistics
 
 from .report import Recorder
@@ -26,7 +27,7 @@ class ErasurePoint(nn.Module):
     b_enc: Tensor
     b_dec: Tensor
     W_dec: Tensor
-    runs: Tensor
+    counter: Tensor
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class ErasurePoint(nn.Module):
         super().__init__()
         for parameter in ("W_enc", "b_enc", "b_dec", "W_dec"):
             self.register_buffer(parameter, getattr(sae, parameter).detach())
-        self.register_buffer("runs", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
         self.name = name
         self.k = sae.k
         self.unit_norm = sae.cfg.input_unit_norm
@@ -77,7 +78,7 @@ class ErasurePoint(nn.Module):
         lines = self.tables.lookup(
             self.clock.timesteps, output.shape[0], num_halves, self.conditional_only, self.window
         )
-        self.runs.add_(1)
+        self.counter.add_(1)
         if block_input is None:
             tokens = output.permute(0, 2, 3, 1)
             erased = self._edit(tokens, lines)
@@ -99,7 +100,8 @@ class ErasurePoint(nn.Module):
         if self.unit_norm:
             mean, std = unit_norm_statistics(tokens)
             given = (tokens - mean) / std
-        edited = ops.erase(
+        edited = call(
+            "erase",
             given,
             self.W_enc,
             self.b_enc,
@@ -109,8 +111,8 @@ class ErasurePoint(nn.Module):
             lines.latents,
             lines.thresholds,
             lines.factors,
-            mode=self.mode,
-            norm_scaled=self.norm_scaled,
+            self.mode,
+            self.norm_scaled,
         )
         if self.unit_norm:
             mapped = tokens + (edited - given) * std if self.mode == "exact" else edited * std + mean

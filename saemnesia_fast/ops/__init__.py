@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import registration as _registration  # noqa: F401
+from . import registration as _registration
 from . import validation as _check
 from .backend import backend_report, current_backend, use_backend
 
@@ -156,7 +156,8 @@ def steering_lines(
     [T, G, S]; switches [G] bool. The caller answers for the shapes: this runs in every UNet call.
     """
     return SteeringLines(
-        *torch.ops.saemnesia_fast.steering_lines(
+        *_registration.call(
+            "steering_lines",
             timesteps,
             stored,
             latents,

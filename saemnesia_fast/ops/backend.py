@@ -36,6 +36,7 @@ class Slot(NamedTuple):
 
 
 _slots: dict[tuple[str, str], Slot] = {}
+_selected: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _chosen: str | None = None
 _logged: set[tuple[str, str]] = set()
 
@@ -50,6 +51,7 @@ def register(
     if op not in OPS or backend not in BACKENDS:
         raise ValueError(f"op, backend: expected one of {OPS} and one of {BACKENDS}, got {op!r} and {backend!r}")
     _slots[op, backend] = Slot(implementation, refuse)
+    _selected.clear()
 
 
 def _check(name: str, source: str) -> str:
@@ -104,11 +106,19 @@ def _resolve(op: str, device: torch.device) -> tuple[str, list[tuple[str, Refusa
 
 
 def select(op: str, device: torch.device) -> Callable[..., Any]:
-    """Return the implementation of `op` for tensors on `device`.
+    """Return the implementation of `op` for tensors on `device`; looked for once for each choice of the user.
 
     Under "auto", a faster backend that is missing without need is logged once per (op, reason) at WARNING, or raises
     RuntimeError if SAEMNESIA_FAST_STRICT=1.
     """
+    environment = os.environ.get
+    key = (op, device, _chosen, environment("SAEMNESIA_FAST_BACKEND"), environment("SAEMNESIA_FAST_STRICT"))
+    if key not in _selected:
+        _selected[key] = _select(op, device)
+    return _selected[key]
+
+
+def _select(op: str, device: torch.device) -> Callable[..., Any]:
     backend, refused = _resolve(op, device)
     for faster, refusal in refused:
         if refusal.missed:

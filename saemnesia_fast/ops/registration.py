@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend, reference
+from . import backend, cpu_backend, reference
 from .validation import check_range
 
 _library = torch.library.Library("saemnesia_fast", "DEF")
@@ -86,6 +86,7 @@ backend.register("erase", "eager", _eager_erase)
 backend.register("probe", "eager", _eager_probe)
 backend.register("steering_lines", "eager", reference.steering_lines)
 backend.register("latent_gradients", "eager", _eager_latent_gradients)
+cpu_backend.register()
 
 
 def _implement(op: str, key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -245,6 +246,15 @@ _differentiable_erase = partial(reference.erase, encode=_ops.encode_topk, decode
 
 def _wants_gradient(*arguments: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
+def call(op: str, *arguments: Any) -> Any:
+    """`op` without its checks, and straight into the backend where only numbers are asked for: not while a graph is
+    traced, nor for a gradient. The first argument is a tensor on the op's device."""
+    first = arguments[0]
+    if type(first) is not Tensor or torch.compiler.is_compiling() or _wants_gradient(*arguments):
+        return getattr(_ops, op)(*arguments)
+    return backend.select(op, first.device)(*arguments)
 
 
 @_implement("encode_topk", "Autograd")

@@ -1,0 +1,91 @@
+"""The `cpu` backend: C++ in torch's threads (csrc/cpu), loaded at the first question for it.
+
+Its results depend neither on the number of threads nor on how tokens are split into batches. It computes float64
+tokens in float64 and all others in float32, summing in another order than the eager reference.
+"""
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import backend, reference
+
+_ops = torch.ops.saemnesia_fast_cpu
+
+
+@cache
+def extension() -> ModuleType | backend.Refusal:
+    """`saemnesia_fast._C`, whose import registers the C++ ops, or why there is none."""
+    try:
+        return import_module("saemnesia_fast._C")
+    except ModuleNotFoundError:
+        reason = "the C++ extension is not built: install from source with a C++17 compiler, torch and pybind11"
+    except ImportError as error:
+        reason = f"the C++ extension does not load: {error}"
+    return backend.Refusal(reason, missed=True)
+
+
+def build() -> str:
+    """One line on the extension: its compiler and the instruction set in use, or why there is none."""
+    found = extension()
+    if isinstance(found, backend.Refusal):
+        return found.reason
+    config = found.build_config()
+    return f"{config['compiler']}, {config['instruction_set']} of {', '.join(config['instruction_sets'])}"
+
+
+def _refuse(device: torch.device) -> backend.Refusal | None:
+    if device.type != "cpu":
+        return backend.Refusal("computes on the CPU", missed=False)
+    found = extension()
+    return found if isinstance(found, backend.Refusal) else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _ops.encode_topk(x, W_enc, b_enc, b_dec, k)
+
+
+def _decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    return _ops.decode(values, indices, W_dec, b_dec)
+
+
+def _erase(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    W_dec: Tensor,
+    k: int,
+    latents: Tensor,
+    thresholds: Tensor,
+    factors: Tensor,
+    mode: str,
+    norm_scaled: bool,
+) -> Tensor:
+    arguments = (W_enc, b_enc, b_dec, W_dec, k, latents, thresholds, factors)
+    if mode == "exact" and not norm_scaled:
+        return _ops.erase(x, *arguments)
+    erased = reference.erase(_rows(x), *arguments, mode, norm_scaled, encode=_encode_topk, decode=_decode)
+    return torch.empty_like(x).copy_(erased.view(x.shape))
+
+
+def _probe(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, latents: Tensor, thresholds: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _ops.probe(x, W_enc, b_enc, b_dec, k, latents, thresholds)
+
+
+def register() -> None:
+    """Fill the slots; nothing is loaded yet. Looking up a table is as fast in PyTorch."""
+    backend.register("encode_topk", "cpu", _encode_topk, _refuse)
+    backend.register("decode", "cpu", _decode, _refuse)
+    backend.register("erase", "cpu", _erase, _refuse)
+    backend.register("probe", "cpu", _probe, _refuse)
+    backend.register("steering_lines", "cpu", reference.steering_lines, _refuse)
