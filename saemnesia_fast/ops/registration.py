@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend, cpu_backend, reference
+from . import backend, cpu_backend, reference, triton_backend
 from .validation import check_range
 
 _library = torch.library.Library("saemnesia_fast", "DEF")
@@ -87,6 +87,7 @@ backend.register("probe", "eager", _eager_probe)
 backend.register("steering_lines", "eager", reference.steering_lines)
 backend.register("latent_gradients", "eager", _eager_latent_gradients)
 cpu_backend.register()
+triton_backend.register()
 
 
 def _implement(op: str, key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

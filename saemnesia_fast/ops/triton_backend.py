@@ -1,0 +1,408 @@
+"""The triton backend: what it refuses, and the launches of `saemnesia_fast.kernels`.
+
+No launch waits for the device, looks at data, or allocates by what it finds: all of it can be captured in a CUDA graph.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .backend import Refusal, current_backend
+from .triton_product import product
+from .triton_tiles import num_programs
+
+if TYPE_CHECKING:
+    from saemnesia_fast.kernels.tokens import Tokens
+
+MAX_K = 256
+Z_BYTES = 1 << 29
+"""Room for the pre-activations of `encode_topk`: longer batches are encoded in parts."""
+
+
+@cache
+def _interpreting() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def refuse(device: torch.device) -> Refusal | None:
+    """Why these kernels cannot run on `device`. On the CPU, Triton's interpreter runs them when asked for by name."""
+    needs_gpu = Refusal("needs an NVIDIA GPU", missed=False)
+    on_gpu = device.type == "cuda" and torch.cuda.is_available() and not torch.version.hip
+    by_name = device.type == "cpu" and current_backend() == "triton"
+    if not (on_gpu or by_name):
+        return needs_gpu
+    if find_spec("triton") is None:
+        return Refusal("triton is not installed", missed=True)
+    if by_name:
+        return None if _interpreting() else needs_gpu
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else Refusal(f"needs compute capability 8.0, not {major}.{minor}", missed=False)
+
+
+def locate(x: Tensor) -> "Tokens":
+    """x [..., d] as the kernels read it: in place, or a copy where three strides cannot express it."""
+    from saemnesia_fast.kernels.tokens import view
+
+    return (view(x) or view(x.contiguous()))[0]
+
+
+def _power_of_two(number: int, least: int = 1) -> int:
+    return max(least, 1 << (number - 1).bit_length())
+
+
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """`ops.encode_topk`, with values in `dtype` (None: that of x)."""
+    from saemnesia_fast.kernels.encode_topk import encode_kernel, group_size
+
+    values = x.new_empty(*x.shape[:-1], k, dtype=dtype or x.dtype)
+    indices = torch.empty_like(values, dtype=torch.int32)
+    rows, d, num_latents, group = x.numel() // x.shape[-1], x.shape[-1], W_enc.shape[0], group_size(k)
+    if rows == 0:
+        return values, indices
+    with torch.cuda.device_of(x):
+        weights = product(x, W_enc, b_enc, b_dec)
+        tile = weights.tiles.encode_topk
+        part = min(rows, max(1, Z_BYTES // (4 * num_latents)))
+        z = x.new_empty(part, num_latents, dtype=torch.float32)
+        maxima = z.new_empty(part, -(-num_latents // group))
+        for first in range(0, rows, part):
+            some = min(part, rows - first)
+            grid = (-(-some // tile.tokens) * -(-num_latents // tile.latents),)
+            encode_kernel[grid](
+                *locate(x),
+                weights.W_enc,
+                weights.bias,
+                z,
+                maxima,
+                first,
+                some,
+                num_latents,
+                d,
+                GROUP=group,
+                BLOCK_N=tile.latents,
+                **weights.launch(tile),
+            )
+            select(z[:some], maxima, k, values, indices, first)
+    return values, indices
+
+
+def select(z: Tensor, maxima: Tensor, k: int, values: Tensor, indices: Tensor, first: int = 0) -> None:
+    """Fill tokens first ... of values, indices [..., k] with the k largest of each row of z [R, N] (SPEC 1.2)."""
+    from saemnesia_fast.kernels.encode_topk import group_size, select_kernel
+
+    rows, num_latents = z.shape
+    group, block_k, block_g = group_size(k), _power_of_two(k, 16), _power_of_two(maxima.shape[1], 16)
+    block_r = 1 if z.is_cuda else 16
+    scratch = z.new_empty(rows, 3, block_k, dtype=torch.int32)
+    select_kernel[(-(-rows // block_r),)](
+        z,
+        maxima,
+        scratch,
+        values,
+        indices,
+        first,
+        rows,
+        num_latents,
+        k,
+        GROUP=group,
+        BLOCK_R=block_r,
+        BLOCK_G=block_g,
+        BLOCK_K=block_k,
+        num_warps=min(16, max(1, max(block_g, block_k * group) // 256)),
+    )
+
+
+def select_topk(z: Tensor, bias: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """TopK of relu(z + bias) for a product z [M, N] float32 of another make, which is overwritten (SPEC 1.2)."""
+    from saemnesia_fast.kernels.encode_topk import group_size, maxima_kernel
+
+    values = z.new_empty(len(z), k, dtype=dtype)
+    indices = z.new_empty(len(z), k, dtype=torch.int32)
+    if len(z):
+        with torch.cuda.device_of(z):
+            maxima = z.new_empty(len(z), -(-z.shape[1] // group_size(k)))
+            grid = (-(-len(z) // 16) * -(-z.shape[1] // 256),)
+            maxima_kernel[grid](z, bias, maxima, *z.shape, GROUP=group_size(k), BLOCK_M=16, BLOCK_N=256)
+            select(z, maxima, k, values, indices)
+    return values, indices
+
+
+def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """`ops.decode`."""
+    out = values.new_empty(*values.shape[:-1], W_dec.shape[1])
+    nothing = values.new_empty(1, 0)
+    _sum_directions(values, indices, W_dec, b_dec, out, out, (nothing.int(), nothing, nothing), "decode", False)
+    return out
+
+
+def _sum_directions(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    x: Tensor,
+    out: Tensor,
+    lines: tuple[Tensor, Tensor, Tensor],
+    mode: str,
+    norm_scaled: bool,
+) -> None:
+    from saemnesia_fast.kernels.decode import decode_kernel
+    from saemnesia_fast.kernels.tokens import view
+
+    k, d = values.shape[-1], out.shape[-1]
+    rows = values.numel() // k
+    if rows == 0:
+        return
+    source, target = view(x, out)
+    per_line, num_entries = rows // len(lines[0]), lines[0].shape[1]
+    with torch.cuda.device_of(out):
+        decode_kernel[rows, -(-d // 256)](
+            values.contiguous(),
+            indices.contiguous(),
+            W_dec.contiguous(),
+            b_dec.contiguous(),
+            *source,
+            *target[:1],
+            *target[2:],
+            *lines,
+            per_line,
+            num_entries,
+            d,
+            k,
+            MODE=mode,
+            NORM_SCALED=norm_scaled,
+            BLOCK_J=8,
+            BLOCK_S=32,
+            BLOCK_D=256,
+            num_warps=4,
+        )
+
+
+class Probed(NamedTuple):
+    """What `probe_kernel` and `rank_kernel` leave behind."""
+
+    z: Tensor
+    """[M, S] float32: the activation of each entry, NaN for a token with NaN or infinity."""
+    rank: Tensor
+    """[M, S] int32: below k where the entry is steered."""
+    rows: Tensor
+    """[M] int32: the flagged tokens, num_flagged of them."""
+    num_flagged: Tensor
+    """[1] int32."""
+
+
+def _probe(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    latents: Tensor,
+    thresholds: Tensor,
+    factors: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Probed:
+    """The activations and ranks of all entries; tokens with NaN or infinity become NaN in `out`. At least one token."""
+    from saemnesia_fast.kernels.probe import probe_kernel, rank_kernel
+    from saemnesia_fast.kernels.tokens import view
+
+    d, num_latents = x.shape[-1], W_enc.shape[0]
+    rows, (num_lines, num_entries) = x.numel() // d, latents.shape
+    weights = product(x, W_enc, b_enc, b_dec)
+    probing, ranking = weights.tiles.probe, weights.tiles.rank
+    per_line = rows // num_lines
+    tiles_per_line = -(-per_line // probing.tokens)
+    source = locate(x)
+    target = source if out is None else view(x, out)[1]
+    z = x.new_empty(rows, num_entries, dtype=torch.float32)
+    rank = x.new_empty(rows, num_entries, dtype=torch.int32)
+    flagged = Probed(z, rank, x.new_empty(rows, dtype=torch.int32), x.new_zeros(1, dtype=torch.int32))
+    flagged_x = x.new_empty(rows, d, dtype=weights.dtype)
+    probe_kernel[(num_lines * tiles_per_line,)](
+        *source,
+        *target[:1],
+        *target[2:],
+        weights.W_enc,
+        weights.bias,
+        latents,
+        thresholds,
+        thresholds if factors is None else factors,
+        *flagged,
+        flagged_x,
+        per_line,
+        tiles_per_line,
+        num_entries,
+        d,
+        k,
+        HAS_FACTORS=factors is not None,
+        HAS_OUT=out is not None,
+        BLOCK_S=probing.latents,
+        **weights.launch(probing),
+    )
+    rank_kernel[(num_programs(x.device),)](
+        flagged_x,
+        *flagged,
+        weights.W_enc,
+        weights.bias,
+        latents,
+        per_line,
+        num_entries,
+        num_latents,
+        d,
+        k,
+        BLOCK_N=ranking.latents,
+        **weights.launch(ranking),
+    )
+    return flagged
+
+
+def probe(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, latents: Tensor, thresholds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`ops.probe`."""
+    shape = (*x.shape[:-1], latents.shape[1])
+    if x.numel() == 0:
+        return x.new_empty(shape), x.new_empty(shape, dtype=torch.bool)
+    with torch.cuda.device_of(x):
+        seen = _probe(x, W_enc, b_enc, b_dec, k, latents.contiguous(), thresholds.contiguous())
+        return seen.z.to(x.dtype).view(shape), (seen.rank < k).view(shape)
+
+
+def erase(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    W_dec: Tensor,
+    k: int,
+    latents: Tensor,
+    thresholds: Tensor,
+    factors: Tensor,
+    mode: str,
+    norm_scaled: bool,
+    in_place: bool = False,
+) -> Tensor:
+    """`ops.erase`; `in_place` writes x' over x (mode "exact" without `norm_scaled` then copies no token)."""
+    from saemnesia_fast.kernels.erase import erase_kernel
+    from saemnesia_fast.kernels.tokens import view
+
+    lines = (latents.contiguous(), thresholds.contiguous(), factors.contiguous())
+    out = x if in_place else torch.empty_like(x)
+    if x.numel() == 0:
+        return out
+    located = view(x, out)
+    if located is None:
+        return out.copy_(erase(x.contiguous(), W_enc, b_enc, b_dec, W_dec, k, *lines, mode, norm_scaled))
+    if mode != "exact" or norm_scaled:
+        values, indices = encode_topk(x, W_enc, b_enc, b_dec, k, torch.float32)
+        _sum_directions(values, indices, W_dec, b_dec, x, out, lines, mode, norm_scaled)
+        return out
+    if not in_place:
+        out.copy_(x)
+    with torch.cuda.device_of(x):
+        seen = _probe(x, W_enc, b_enc, b_dec, k, *lines, out)
+        source, target = located
+        d, num_entries = x.shape[-1], latents.shape[1]
+        erase_kernel[num_programs(x.device), -(-d // 256)](
+            *source,
+            *target[:1],
+            *target[2:],
+            W_dec.contiguous(),
+            lines[0],
+            lines[2],
+            *seen,
+            seen.rows.shape[0] // len(latents),
+            num_entries,
+            d,
+            k,
+            BLOCK_S=_power_of_two(num_entries, 16),
+            BLOCK_D=256,
+            num_warps=2,
+        )
+    return out
+
+
+def _cannot(op: str, tokens: Tensor, arguments: tuple[Any, ...]) -> str | None:
+    if tokens.dtype == torch.float64:
+        return "it computes in float32"
+    if op == "encode_topk" and arguments[3] > MAX_K:
+        return f"it keeps at most {MAX_K} latents"
+    if op == "erase" and arguments[4] > MAX_K and (arguments[8] != "exact" or arguments[9]):
+        return f"it keeps at most {MAX_K} latents"
+    return None
+
+
+def _or_eager(op: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """What these kernels cannot compute is computed by the eager reference, unless triton was chosen by name."""
+    eager = backend._slots[op, "eager"].implementation
+
+    def run(tokens: Tensor, *arguments: Any) -> Any:
+        reason = _cannot(op, tokens, arguments)
+        if reason is None:
+            return implementation(tokens, *arguments)
+        if current_backend() == "triton":
+            raise RuntimeError(f"{op}: backend 'triton' was chosen but cannot compute this: {reason}")
+        return eager(tokens, *arguments)
+
+    return run
+
+
+def steering_lines(
+    timesteps: Tensor,
+    stored: Tensor,
+    latents: Tensor,
+    thresholds: Tensor,
+    factors: Tensor,
+    owners: Tensor,
+    switches: Tensor,
+    num_lines: int,
+    num_blocks: int,
+    first_block: int,
+    earliest: float,
+    latest: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ops.steering_lines`: one launch."""
+    from saemnesia_fast.kernels.steering_lines import steering_lines_kernel
+
+    num_stored, num_prompts, num_entries = latents.shape
+    tables = (latents, thresholds, factors, owners)
+    lines = [table.new_empty(num_lines, num_entries) for table in tables]
+    active = switches.new_empty(num_lines)
+    with torch.cuda.device_of(stored):
+        steering_lines_kernel[(num_lines,)](
+            timesteps,
+            timesteps.stride(0) if len(timesteps) > 1 else 0,
+            stored,
+            *tables,
+            switches.view(torch.uint8),
+            *lines,
+            active.view(torch.uint8),
+            num_stored,
+            num_prompts,
+            num_entries,
+            num_lines,
+            num_blocks,
+            first_block,
+            earliest,
+            latest,
+            BLOCK_T=128,
+            BLOCK_S=32,
+            num_warps=1,
+        )
+    return lines[0], lines[1], lines[2], lines[3], active
+
+
+def register() -> None:
+    """Fill the slots; nothing is imported yet. The eager ones must be filled before."""
+    for op, implementation in (("encode_topk", encode_topk), ("decode", decode), ("erase", erase), ("probe", probe)):
+        backend.register(op, "triton", _or_eager(op, implementation), refuse)
+    backend.register("steering_lines", "triton", steering_lines, refuse)
