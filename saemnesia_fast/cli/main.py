@@ -21,6 +21,7 @@ COMMANDS = {
     "concepts": "concepts:Concepts",
     "erase": "erase:Erase",
     "evaluate": "evaluate:Evaluate",
+    "bench": "bench:Bench",
     "env": "env:Env",
 }
 

@@ -1,0 +1,120 @@
+"""Benchmarks of a checkout: `python benchmarks ops | gpu | plot`, see `--help` of each."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from dataclasses import asdict
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = ("encode_topk", "erase", "unet", "decode", "probe", "hooks")
+
+
+def ops(arguments: argparse.Namespace) -> None:
+    import torch
+
+    import machine
+    from harness import attempt, clock_for
+    from results import append_csv, as_records, table
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    stamp = machine.describe(device)
+    if arguments.ceilings:
+        ceilings = machine.Ceilings(**json.loads(arguments.ceilings.read_text(encoding="utf-8")))
+    else:
+        ceilings = machine.measure_ceilings(device)
+        print(f"{stamp.machine}: {ceilings}", flush=True)
+    rows = []
+    for name in arguments.names or OPS:
+        op = import_module(name)
+        clock = clock_for(getattr(op, "CLOCK", device))
+        for case in op.cases(device):
+            if arguments.only not in str(case):
+                continue
+            floor = ceilings.floor_us(op.work(case), case.dtype)
+            with torch.no_grad():
+                new = attempt(partial(op.contest, case, device), case, clock, arguments.seconds, floor, stamp)
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+            rows += new
+            print(f"\n{case}, floor {floor:.1f} us\n{table(new)}", flush=True)
+            if arguments.csv:
+                append_csv(new, arguments.csv)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(as_records(rows)), encoding="utf-8")
+
+
+def ceilings(arguments: argparse.Namespace) -> None:
+    import machine
+
+    measured = asdict(machine.measure_ceilings(arguments.device))
+    arguments.json.write_text(json.dumps(measured), encoding="utf-8")
+    print(json.dumps(measured, indent=2))
+
+
+def gpu(arguments: argparse.Namespace) -> None:
+    import dry
+    import gpu
+
+    if arguments.dry:
+        print(dry.report(OPS))
+    else:
+        raise SystemExit(gpu.main(OPS, arguments.out, arguments.minutes))
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    from plot import draw
+
+    draw(arguments.source, arguments.out)
+
+
+def _op(name: str) -> str:
+    if name not in OPS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(OPS)}, got {name!r}")
+    return name
+
+
+def parser() -> argparse.ArgumentParser:
+    results = ROOT / "benchmarks" / "results"
+    outer = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    commands = outer.add_subparsers(required=True)
+
+    command = commands.add_parser("ops", help="time ops on one device")
+    command.set_defaults(run=ops)
+    command.add_argument("names", nargs="*", type=_op, help=f"which of {', '.join(OPS)}; all unless told")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="a GPU where there is one unless told")
+    command.add_argument("--seconds", type=float, default=5.0, help="of timed calls a case")
+    command.add_argument("--only", default="", help="cases whose description holds this text")
+    command.add_argument("--csv", type=Path, help="append the rows here")
+    command.add_argument("--json", type=Path, help="write the rows here")
+    command.add_argument("--ceilings", type=Path, help="use these instead of measuring them")
+
+    command = commands.add_parser("ceilings", help="bandwidth and matrix products of a device")
+    command.set_defaults(run=ceilings)
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument("--json", type=Path, required=True)
+
+    command = commands.add_parser("gpu", help="build, test and measure everything on this GPU into one JSON")
+    command.set_defaults(run=gpu)
+    command.add_argument("--out", type=Path, help="a JSON, or a folder for it")
+    command.add_argument("--minutes", type=float, default=9.5, help="in all")
+    command.add_argument("--dry", action="store_true", help="measure nothing: shapes, bytes, FLOPs, floors, registers")
+
+    command = commands.add_parser("plot", help="draw the newest rows of a CSV or JSON")
+    command.set_defaults(run=plot)
+    command.add_argument("source", type=Path, nargs="?", default=results / "ops.csv")
+    command.add_argument("--out", type=Path, default=results / "ops.png")
+    return outer
+
+
+if __name__ == "__main__":
+    # The released hook is the tests' oracle.
+    sys.path.append(str(ROOT / "tests"))
+    chosen = parser().parse_args()
+    chosen.run(chosen)
