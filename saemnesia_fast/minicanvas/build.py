@@ -50,7 +50,7 @@ class BuildConfig:
     autoencoder_steps: int = 2000
     judge_steps: int = 1200
     text_steps: int = 300
-    unet_steps: int = 4500
+    unet_steps: int = 6500
     sae_images_per_combination: int = 12
     sae_steps: int = 1500
     num_latents: int = 1536
