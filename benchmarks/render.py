@@ -51,8 +51,8 @@ def training_record() -> str:
     generated = stages["unet"]["generated_accuracy"]
     fvu = [one["fvu"] for one in stages["sparse_autoencoders"].values() if isinstance(one, dict)]
     return (
-        f"The stages of the committed weights, run one by one on {record['machine']['cores']} CPU cores, took "
-        f"{record['total_minutes']:.0f} minutes of training and sampling: "
+        f"The committed weights took {record['total_minutes']:.0f} minutes from nothing, on "
+        f"{record['machine']['threads']} of {record['machine']['cores']} CPU cores: "
         f"of its pictures {100 * generated['object']:.1f} % of objects and {100 * generated['style']:.1f} % of styles "
         f"are recognised, and its SAEs leave {100 * min(fvu):.1f} to {100 * max(fvu):.1f} % of the "
         "variance unexplained."

@@ -44,17 +44,7 @@ def test_the_settings_that_are_shipped_are_those_of_the_code(canvas):
     assert canvas.settings == SETTINGS
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="open: styles do not reach this bar yet")
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        pytest.param(kind, name, marks=NOT_YET if (kind, name) == ("style", "UA") else ())
-        for kind in BARS
-        for name in BARS[kind]
-    ],
-)
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in BARS for name in BARS[kind]])
 def test_the_committed_evaluation_meets_the_bars(kind, name):
     """SPEC 5.3: means over all concepts of a kind, each erased alone with the kind's one setting."""
     report = read_json(RESULTS / "minicanvas.json")

@@ -10,5 +10,5 @@ HOOK_POINTS = (OBJECTS_AT, STYLES_AT)
 
 SETTINGS = {
     "object": Setting(strength={OBJECTS_AT: -8.0}, num_latents=16, scale="constant"),
-    "style": Setting(strength={STYLES_AT: -1.8}, num_latents=4, scale="constant", stop=0.9),
+    "style": Setting(strength={STYLES_AT: -4.0}, num_latents=2, scale="constant"),
 }
