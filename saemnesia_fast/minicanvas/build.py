@@ -287,10 +287,10 @@ def export(builder: Builder) -> None:
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.half()
     pipe.save_pretrained(out / "pipeline")
-    for config in (out / "pipeline").rglob("*config.json"):
-        entries = read_json(config)
+    for path in (out / "pipeline").rglob("*config.json"):
+        entries = read_json(path)
         entries.pop("_name_or_path", None)  # where this machine had it
-        write_json(config, entries)
+        write_json(path, entries)
     shutil.copy(work / "judge.safetensors", out)
     for name in sorted({point for setting in SETTINGS.values() for point in setting.strength}):
         for part in ("sae", "concepts"):
