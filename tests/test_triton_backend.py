@@ -22,7 +22,13 @@ def test_refuses_the_cpu() -> None:
         ops.decode(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), torch.ones(1))
 
 
+def test_a_torch_without_cuda_can_be_asked_about_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton_backend.refuse(CUDA) == backend.Refusal("needs an NVIDIA GPU", missed=False)
+
+
 def test_is_missed_where_there_is_a_gpu_and_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
     assert triton_backend.refuse(CUDA) == backend.Refusal("triton is not installed", missed=True)
     assert triton_backend.refuse(torch.device("cpu")) == backend.Refusal("needs an NVIDIA GPU", missed=False)
@@ -31,6 +37,7 @@ def test_is_missed_where_there_is_a_gpu_and_no_triton(monkeypatch: pytest.Monkey
 @pytest.mark.skipif(triton_backend.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(("capability", "reason"), [((7, 5), "needs compute capability 8.0, not 7.5"), ((8, 0), None)])
 def test_refuses_old_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reason: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     refusal = triton_backend.refuse(CUDA)
     assert (refusal and refusal.reason) == reason
