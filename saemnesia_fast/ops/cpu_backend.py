@@ -4,14 +4,15 @@ Its results depend neither on the number of threads nor on how tokens are split 
 tokens in float64 and all others in float32, summing in another order than the eager reference.
 """
 
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backend, reference
+from . import backend, eager_backend, reference
 
 _ops = torch.ops.saemnesia_fast_cpu
 
@@ -44,10 +45,6 @@ def _refuse(device: torch.device) -> backend.Refusal | None:
     return found if isinstance(found, backend.Refusal) else None
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
 def _encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _ops.encode_topk(x, W_enc, b_enc, b_dec, k)
 
@@ -56,24 +53,11 @@ def _decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Te
     return _ops.decode(values, indices, W_dec, b_dec)
 
 
-def _erase(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    W_dec: Tensor,
-    k: int,
-    latents: Tensor,
-    thresholds: Tensor,
-    factors: Tensor,
-    mode: str,
-    norm_scaled: bool,
-) -> Tensor:
-    arguments = (W_enc, b_enc, b_dec, W_dec, k, latents, thresholds, factors)
+def _erase(x: Tensor, *arguments: Any) -> Tensor:
+    *tensors, mode, norm_scaled = arguments
     if mode == "exact" and not norm_scaled:
-        return _ops.erase(x, *arguments)
-    erased = reference.erase(_rows(x), *arguments, mode, norm_scaled, encode=_encode_topk, decode=_decode)
-    return torch.empty_like(x).copy_(erased.view(x.shape))
+        return _ops.erase(x, *tensors)
+    return eager_backend.erase(x, *arguments, definition=partial(reference.erase, encode=_encode_topk, decode=_decode))
 
 
 def _probe(

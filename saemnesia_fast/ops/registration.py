@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend, cpu_backend, reference, triton_backend
+from . import backend, cpu_backend, eager_backend, reference, triton_backend
+from .eager_backend import rows as _rows
 from .validation import check_range
 
 _library = torch.library.Library("saemnesia_fast", "DEF")
@@ -36,56 +37,7 @@ _library.define(
 )
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-# What fills a slot takes the op's arguments as they come, tokens [..., d] of any strides and lines [G, S], and returns
-# the op's own shapes.
-
-
-def _eager_encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    values, indices = reference.encode_topk(_rows(x), W_enc, b_enc, b_dec, k)
-    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
-
-
-def _eager_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    x_hat = reference.decode(_rows(values), _rows(indices), W_dec, b_dec)
-    return x_hat.view(*values.shape[:-1], W_dec.shape[1])
-
-
-def _eager_erase(x: Tensor, *arguments: Any) -> Tensor:
-    return torch.empty_like(x).copy_(reference.erase(_rows(x), *arguments).view(x.shape))
-
-
-def _eager_probe(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    activations, steered = reference.probe(_rows(x), *arguments)
-    shape = (*x.shape[:-1], activations.shape[1])
-    return activations.view(shape), steered.view(shape)
-
-
-def _eager_latent_gradients(
-    values: Tensor,
-    indices: Tensor,
-    grad_x_hat: Tensor,
-    x: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    W_enc: Tensor | None,
-    extra_d_value: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    extra = None if extra_d_value is None else _rows(extra_d_value)
-    return reference.latent_gradients(
-        _rows(values), _rows(indices), _rows(grad_x_hat), _rows(x), W_dec, b_dec, W_enc, extra
-    )
-
-
-backend.register("encode_topk", "eager", _eager_encode_topk)
-backend.register("decode", "eager", _eager_decode)
-backend.register("erase", "eager", _eager_erase)
-backend.register("probe", "eager", _eager_probe)
-backend.register("steering_lines", "eager", reference.steering_lines)
-backend.register("latent_gradients", "eager", _eager_latent_gradients)
+eager_backend.register()
 cpu_backend.register()
 triton_backend.register()
 
@@ -277,8 +229,7 @@ def _(*arguments: Any) -> Tensor:
 @_implement("erase", "Autograd")
 def _(x: Tensor, *arguments: Any) -> Tensor:
     if _wants_gradient(x, *arguments):
-        erased = _differentiable_erase(_rows(x), *arguments)
-        return torch.empty_like(x).copy_(erased.view(x.shape))
+        return eager_backend.erase(x, *arguments, definition=_differentiable_erase)
     with _below_autograd():
         return _ops.erase(x, *arguments)
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import naive
 from saemnesia_fast import ops
 from saemnesia_fast.ops import reference
+from test_probe import test_a_bad_token_becomes_nan_and_is_not_steered  # noqa: F401
 from triton_cases import IN_INTERPRETER, LAYOUTS, amid_nan, assert_no_worse, doubled, lay_out, poisoned_allocations
 from weights import random_tokens, random_weights, same_bits
 
@@ -76,21 +77,6 @@ def test_agrees_bit_for_bit_with_encode_topk():
     assert same_bits(activations.gather(1, indices.long()), values)
     kept = torch.zeros_like(steered).scatter(1, indices.long(), values > 0)
     assert torch.equal(steered, kept)
-
-
-def test_a_bad_token_becomes_nan_and_is_not_steered():
-    """SPEC 7.1."""
-    weights, _ = random_weights(7, 30, torch.float32)
-    x = random_tokens(5, 7, dtype=torch.float32)
-    latents, thresholds = torch.arange(30), torch.zeros(30)
-    clean = ops.probe(x, *weights, 8, latents, thresholds)
-    x[1, 0] = torch.inf
-    activations, steered = ops.probe(x, *weights, 8, latents, thresholds)
-    assert activations[1].isnan().all()
-    assert not steered[1].any()
-    others = [0, 2, 3, 4]
-    assert same_bits(activations[others], clean[0][others])
-    assert torch.equal(steered[others], clean[1][others])
 
 
 def test_no_tokens_or_entries():
