@@ -1,4 +1,4 @@
-"""Benchmarks of a checkout: `python benchmarks ops | gpu | plot`, see `--help` of each."""
+"""Benchmarks of a checkout: `python benchmarks ops | gpu | tune | demo | plot`, see `--help` of each."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ("encode_topk", "erase", "unet", "decode", "probe", "hooks")
+OPS = ("erase", "encode_topk", "unet", "hooks", "decode", "probe")
 
 
 def ops(arguments: argparse.Namespace) -> None:
@@ -36,7 +37,7 @@ def ops(arguments: argparse.Namespace) -> None:
         for case in op.cases(device):
             if arguments.only not in str(case):
                 continue
-            floor = ceilings.floor_us(op.work(case), case.dtype)
+            floor = ceilings.floor_us(op.work(case))
             with torch.no_grad():
                 new = attempt(partial(op.contest, case, device), case, clock, arguments.seconds, floor, stamp)
             gc.collect()
@@ -66,6 +67,32 @@ def gpu(arguments: argparse.Namespace) -> None:
         print(dry.report(OPS))
     else:
         raise SystemExit(gpu.main(OPS, arguments.out, arguments.minutes))
+
+
+def tune(arguments: argparse.Namespace) -> None:
+    import torch
+
+    import machine
+    import tune
+    from harness import clock_for
+    from results import as_records
+
+    if not torch.cuda.is_available():
+        raise SystemExit("tune: no CUDA device")
+    path = arguments.out or tune.config_path()
+    record: dict[str, Any] = {"file": path.name, "tiles": {}, "rows": []}
+    for operand, tiles, rows in tune.tune(path, clock_for("cuda"), arguments.seconds, machine.describe("cuda")):
+        record["tiles"][operand] = tiles and tiles._asdict()
+        record["rows"] += as_records(rows)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(record), encoding="utf-8")
+    raise SystemExit(0 if all(record["tiles"].values()) else 1)
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    import demo
+
+    demo.main(arguments.out, arguments.rounds, arguments.pictures)
 
 
 def plot(arguments: argparse.Namespace) -> None:
@@ -105,6 +132,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, help="a JSON, or a folder for it")
     command.add_argument("--minutes", type=float, default=9.5, help="in all")
     command.add_argument("--dry", action="store_true", help="measure nothing: shapes, bytes, FLOPs, floors, registers")
+
+    command = commands.add_parser("tune", help="find this GPU's fastest tiles, for the triton backend to use")
+    command.set_defaults(run=tune)
+    command.add_argument("--seconds", type=float, default=1.0, help="of timed calls a case")
+    command.add_argument("--out", type=Path, help="the file to write; where the backend looks unless told")
+    command.add_argument("--json", type=Path, help="write the choice and all rows here")
+
+    command = commands.add_parser("demo", help="seconds per picture of the demo, erased by each backend")
+    command.set_defaults(run=demo)
+    command.add_argument("--rounds", type=int, default=7)
+    command.add_argument("--pictures", type=int, default=48, help="in a round, of each way to paint")
+    command.add_argument("--out", type=Path, default=results / "demo_backends.json")
 
     command = commands.add_parser("plot", help="draw the newest rows of a CSV or JSON")
     command.set_defaults(run=plot)

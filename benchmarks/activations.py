@@ -58,7 +58,7 @@ def weights(d: int, num_latents: int, dtype: torch.dtype, device: str) -> Weight
 
 def tokens(case: Case, device: str) -> Tensor:
     """[M, d]. Latent 0 is the concept's: it fires on every token, by strengths from 1 to 6."""
-    own = weights(case.d, case.N, case.torch_dtype, device)
+    own = weights(case.d, case.N, case.weights_dtype, device)
     generator = torch.Generator(device).manual_seed(1)
     rank = torch.rand(case.M, ACTIVE, generator=generator, device=device)
     which = (case.N * rank**3).long().clamp_(1, case.N - 1)

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from machine import H100
-from results import aligned
+from results import aligned, types
 
 BUDGETS = Path(__file__).resolve().parents[1] / "tests" / "budgets.json"
 
@@ -19,13 +19,13 @@ def report(ops: Sequence[str]) -> str:
         op = import_module(name)
         for case in op.cases("cuda"):
             work = op.work(case)
-            floor = H100.floor_us(work, case.dtype)
+            floor = H100.floor_us(work)
             what = case.variant + ("" if case.flagged is None else f" {case.flagged} flagged")
-            by_bytes = H100.floor_us(work._replace(flops=0), case.dtype) == floor
+            by_bytes = H100.floor_us(work._replace(flops=0)) == floor
             bound = "-" if floor == 0 else "bytes" if by_bytes else "FLOPs"
             sizes = [str(size) for size in (case.M, case.d, case.N, case.k)]
             figures = [f"{work.bytes / 1e6:.2f}", f"{work.flops / 1e9:.1f}", f"{floor:.1f}", bound]
-            lines.append([name, what.strip(), *sizes, case.dtype, *figures])
+            lines.append([name, what.strip(), *sizes, types(case), *figures])
     peaks = ", ".join(f"{dtype} {flops / 1e12:.0f} TFLOP/s" for dtype, flops in H100.flops.items())
     heading = f"floors on an H100 of {H100.bandwidth / 1e12:.1f} TB/s, {peaks} (estimates)"
     return "\n\n".join([heading, aligned(lines), registers()])

@@ -20,6 +20,8 @@ SIZES = {
     "cpu": {"float32": (512, 2048)},
     "cuda": {"float16": (512, 2048, 4096, 16384), "bfloat16": (512, 4096), "float32": (512, 4096)},
 }
+MIXED_SIZES = {"cpu": (), "cuda": (512, 4096)}
+"""float16 tokens, float32 weights."""
 SELECT_SIZES = {"cpu": (512, 2048), "cuda": (512, 4096)}
 LIMIT = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
 
@@ -27,6 +29,7 @@ LIMIT = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
 def cases(device: str) -> list[Case]:
     sizes = SIZES[device]
     whole = [Case("encode_topk", M=M, dtype=dtype) for dtype in sizes for M in sizes[dtype]]
+    whole += [Case("encode_topk", M=M, dtype="float16", weights="float32") for M in MIXED_SIZES[device]]
     selects = [
         Case("encode_topk", M=M, dtype=dtype, variant=f"select alone, {data}")
         for dtype in sizes
@@ -42,7 +45,8 @@ def work(case: Case) -> Work:
     out = case.M * case.k * (size + 4)
     if case.variant:
         return Work(case.M * case.N * size + out, 0)
-    return Work((case.M * case.d + case.N * case.d) * size + out, 2 * case.M * case.N * case.d)
+    read = case.M * case.d * size + case.N * case.d * case.weights_dtype.itemsize
+    return Work(read + out, 2 * case.M * case.N * case.d)
 
 
 def contest(case: Case, device: str) -> Contest:
@@ -50,14 +54,20 @@ def contest(case: Case, device: str) -> Contest:
 
 
 def _encode(case: Case, device: str) -> Contest:
-    dtype, k = case.torch_dtype, case.k
+    dtype, k = case.weights_dtype, case.k
     own, x = weights(case.d, case.N, dtype, device), tokens(case, device)
     W_enc, b_enc, b_dec, _ = own
     folded = (b_enc.double() - W_enc.double() @ b_dec.double()).to(dtype)
     rows = checked_rows(case.M, device)
 
+    def activations() -> Tensor:
+        return torch.relu(F.linear(x.to(dtype), W_enc, folded))
+
     def plain() -> tuple[Tensor, Tensor]:
-        return torch.relu(F.linear(x, W_enc, folded)).topk(k)
+        return activations().topk(k)
+
+    def encode(precision: str) -> Any:
+        return ops.encode_topk(x, W_enc, b_enc, b_dec, k, precision)
 
     providers = [
         torch_eager(plain, dtype),
@@ -66,16 +76,16 @@ def _encode(case: Case, device: str) -> Contest:
             "eai-sparsify",
             "sparsify.fused_encoder",
             dtype,
-            lambda m: lambda: m.fused_encoder(x, W_enc, folded, k, "topk"),
+            lambda m: lambda: m.fused_encoder(x.to(dtype), W_enc, folded, k, "topk"),
         ),
-        peer(
-            "flashinfer select",
-            "flashinfer",
-            dtype,
-            lambda m: lambda: _flashinfer(m, torch.relu(F.linear(x, W_enc, folded)), k),
-        ),
+        peer("flashinfer select", "flashinfer", dtype, lambda m: lambda: _flashinfer(m, activations(), k)),
         *([Provider("ours v0", partial(_triton_on_cublas, x, W_enc, folded, k))] if device == "cuda" else []),
-        *ours("encode_topk", device, lambda: ops.encode_topk(x, W_enc, b_enc, b_dec, k)),
+        *ours(
+            "encode_topk",
+            device,
+            partial(encode, "default"),
+            partial(encode, "exact") if dtype == torch.float32 else None,
+        ),
     ]
     errors = topk_errors(exact_pre_activations(x[rows], own), rows, k)
     return Contest(case, work(case), providers, errors, LIMIT[case.dtype], BASELINE)
@@ -124,8 +134,8 @@ def _triton_on_cublas(x: Tensor, W_enc: Tensor, bias: Tensor, k: int) -> Callabl
     from saemnesia_fast.ops.triton_backend import select_topk
 
     bias = bias.float()
-    if x.dtype == torch.float32:
-        return lambda: select_topk(x @ W_enc.T, bias, k, x.dtype)
+    if W_enc.dtype == torch.float32:
+        return lambda: select_topk(x.to(W_enc.dtype) @ W_enc.T, bias, k, x.dtype)
     return lambda: select_topk(torch.mm(x, W_enc.T, out_dtype=torch.float32), bias, k, x.dtype)
 
 

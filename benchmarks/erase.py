@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ from saemnesia_fast import ops
 BASELINE = "released hook"
 FLAGGED = (0, 16, 64, 256, 384, 512)
 DTYPES = {"cpu": ("float32",), "cuda": ("float16", "float32")}
+MIXED_FLAGGED = {"cpu": (), "cuda": (0, 64, 512)}
+"""float16 tokens, float32 weights."""
 LIMIT = {"float32": 1e-5, "float16": 2e-3}
 BAND = {"float32": 1e-4, "float16": 1e-2}
 """A token whose answer hangs on a pre-activation this close to a boundary is not checked: rounding decides it."""
@@ -34,13 +37,17 @@ BAND = {"float32": 1e-4, "float16": 1e-2}
 
 def cases(device: str) -> list[Case]:
     exact = [Case("erase", M=512, dtype=dtype, variant="exact", flagged=n) for dtype in DTYPES[device] for n in FLAGGED]
+    exact += [
+        Case("erase", M=512, dtype="float16", weights="float32", variant="exact", flagged=n)
+        for n in MIXED_FLAGGED[device]
+    ]
     return exact + [Case("erase", M=512, dtype=dtype, variant="released", flagged=512) for dtype in DTYPES[device]]
 
 
 def work(case: Case) -> Work:
     """Reading and writing x; in "exact" of W_enc the selected rows, and all of it once a token is flagged."""
-    size, flagged = case.torch_dtype.itemsize, case.flagged or 0
-    through = 2 * case.M * case.d * size
+    size, flagged = case.weights_dtype.itemsize, case.flagged or 0
+    through = 2 * case.M * case.d * case.torch_dtype.itemsize
     if case.variant == "exact":
         rows = case.N if flagged else 8
         return Work(through + rows * case.d * size, 2 * flagged * case.N * case.d)
@@ -49,7 +56,8 @@ def work(case: Case) -> Work:
 
 
 def contest(case: Case, device: str) -> Contest:
-    own, x = weights(case.d, case.N, case.torch_dtype, device), tokens(case, device)
+    dtype = case.weights_dtype
+    own, x = weights(case.d, case.N, dtype, device), tokens(case, device)
     lines = concept_lines(x, own, case.flagged or 0)
     block = as_block(x)
     nchw = block.permute(0, 3, 1, 2)
@@ -58,6 +66,9 @@ def contest(case: Case, device: str) -> Contest:
 
     def dense() -> Tensor:
         return _dense(nchw, own, lines, case.k, mode)
+
+    def erase(precision: str) -> Tensor:
+        return ops.erase(block, *own, case.k, *lines, mode=mode, precision=precision).permute(0, 3, 1, 2)
 
     rows = checked_rows(case.M, device)
 
@@ -69,12 +80,12 @@ def contest(case: Case, device: str) -> Contest:
         Provider(
             BASELINE,
             lambda: lambda: released_hook(nchw, *own, case.k, *line),
-            tolerance=HALF_TOLERANCE if case.torch_dtype.itemsize == 2 else None,
+            tolerance=HALF_TOLERANCE if dtype.itemsize == 2 else None,
             errors=against("released"),
             capturable=False,
         ),
-        torch_compiled(dense, case.torch_dtype),
-        *ours("erase", device, lambda: ops.erase(block, *own, case.k, *lines, mode=mode).permute(0, 3, 1, 2)),
+        torch_compiled(dense, dtype),
+        *ours("erase", device, partial(erase, "default"), partial(erase, "exact") if dtype == torch.float32 else None),
     ]
     return Contest(case, work(case), providers, against(mode), LIMIT[case.dtype], BASELINE)
 
@@ -84,15 +95,16 @@ def _dense(block: Tensor, own: Weights, lines: Lines, k: int, mode: str) -> Tens
     W_enc, b_enc, b_dec, W_dec = own
     x = block.permute(0, 2, 3, 1).flatten(0, 2)
     values, indices = torch.relu(F.linear(x - b_dec, W_enc, b_enc)).topk(k)
-    threshold = x.new_full((W_enc.shape[0],), torch.inf).scatter(0, lines.latents[0], lines.thresholds[0].to(x.dtype))
-    factor = x.new_ones(W_enc.shape[0]).scatter(0, lines.latents[0], lines.factors[0].to(x.dtype))
+    threshold, factor = values.new_full((len(W_enc),), torch.inf), values.new_ones(len(W_enc))
+    threshold = threshold.scatter(0, lines.latents[0], lines.thresholds[0].to(values.dtype))
+    factor = factor.scatter(0, lines.latents[0], lines.factors[0].to(values.dtype))
     change = torch.where(values > threshold[indices], (factor[indices] - 1) * values, 0)
     delta = F.embedding_bag(indices, W_dec, mode="sum", per_sample_weights=change)
     if mode == "exact":
         out = x + delta
     else:
         out = 2 * (F.embedding_bag(indices, W_dec, mode="sum", per_sample_weights=values) + b_dec) - x + delta
-    return out.view(block.shape[0], *block.shape[2:], -1).permute(0, 3, 1, 2).contiguous()
+    return out.to(block.dtype).view(block.shape[0], *block.shape[2:], -1).permute(0, 3, 1, 2).contiguous()
 
 
 def reference(x: Tensor, own: Weights, lines: Lines, k: int, mode: str, band: float) -> tuple[Tensor, Tensor]:

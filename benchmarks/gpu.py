@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command and one JSON: build, GPU tests, ceilings, every op.
+"""Everything that needs a GPU, in one command and one JSON: build, GPU tests, tuning, ceilings, every op.
 
 Each part is a process of its own under its own time limit, so that one that crashes, hangs or poisons the device costs
 nothing but itself. The JSON is rewritten after each part.
@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,16 @@ import torch
 from machine import ROOT, describe
 from results import RESULTS, from_records, table
 
-LIMITS = {"build": 180, "tests": 200, "ceilings": 40, "encode_topk": 150, "erase": 120, "unet": 120, "hooks": 30}
+LIMITS = {
+    "build": 150,
+    "tests": 210,
+    "tune": 120,
+    "ceilings": 30,
+    "erase": 100,
+    "encode_topk": 120,
+    "unet": 90,
+    "hooks": 30,
+}
 LIMIT = 60
 SECONDS = {"unet": 5.0}
 SECONDS_A_CASE = 0.5
@@ -46,6 +56,7 @@ class Session:
             "cuda": torch.version.cuda,
             "capability": list(torch.cuda.get_device_capability()),
             "parts": {},
+            "tuning": {},
             "ceilings": {},
             "rows": [],
         }
@@ -133,6 +144,12 @@ def main(ops: Sequence[str], out: Path | None, minutes: float) -> int:
             session.part("tests", [*python, "-m", "pytest", "-m", "gpu", "-q", "-rfEs", *tests])
         else:
             session.record["parts"]["tests"] = {"status": "absent: no test is marked gpu", "seconds": 0.0, "output": ""}
+        tuned = folder / "tuned.json"
+        session.part("tune", [*benchmarks, "tune", "--json", tuned])
+        session.record["tuning"] = _read(tuned) or {}
+        config = ROOT / "saemnesia_fast" / "configs" / session.record["tuning"].get("file", "absent")
+        if config.is_file() and session.path.parent != RESULTS:
+            shutil.copy(config, session.path.parent)
         ceilings = folder / "ceilings.json"
         session.part("ceilings", [*benchmarks, "ceilings", "--device", "cuda", "--json", ceilings])
         session.record["ceilings"] = _read(ceilings) or {}

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from results import Row, Stamp
+from results import Row, Stamp, types
 
 ROUNDS = 7
 FEWEST_ROUNDS = 3
@@ -35,6 +35,8 @@ class Case:
     N: int = 20480
     k: int = 32
     dtype: str = "float32"
+    weights: str = ""
+    """The weights' dtype where it is not that of the tokens."""
     variant: str = ""
     flagged: int | None = None
 
@@ -42,9 +44,13 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        return getattr(torch, self.weights or self.dtype)
+
     def __str__(self) -> str:
         flagged = "" if self.flagged is None else f", {self.flagged} flagged"
-        return f"{self.op}({self.variant}{flagged}) M={self.M} d={self.d} N={self.N} k={self.k} {self.dtype}"
+        return f"{self.op}({self.variant}{flagged}) M={self.M} d={self.d} N={self.N} k={self.k} {types(self)}"
 
 
 class Work(NamedTuple):

@@ -1,8 +1,8 @@
 """hooks: what an applied erasure costs the host per UNet call, the edit itself left out.
 
-A UNet that does nothing but call its `time_proj` and one block that returns its input; behind `erase`, and once behind
-the lookup of the step's line too, stands an implementation that returns at once. What is left is hooks, validation and
-dispatch. On a GPU nothing waits for the device, so this is the time to launch.
+A UNet that does nothing but call its `time_proj` and one block that has its output ready; behind `erase`, and once
+behind the lookup of the step's line too, stands an implementation that returns at once. What is left is hooks, checks
+and dispatch. On a GPU nothing waits for the device, so this is the time to launch.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def contest(case: Case, device: str) -> Contest:
     timestep = torch.tensor(501, device=device)
 
     def plain() -> Callable[[], Tensor]:
-        unet = _unet(case.d).to(device)
+        unet = _unet(sample)
         return lambda: unet(sample, timestep)[0]
 
     def erased() -> Callable[[], Tensor]:
-        unet = _unet(case.d).to(device)
+        unet = _unet(sample)
         _apply(unet, case, device)
         return lambda: unet(sample, timestep)[0]
 
@@ -72,26 +72,32 @@ def _remembered(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """`implementation`, asked once."""
     answers: list[Any] = []
 
-    def stub(*arguments: Any) -> Any:
+    def stub(*arguments: Any, **options: Any) -> Any:
         if not answers:
-            answers.append(implementation(*arguments))
+            answers.append(implementation(*arguments, **options))
         return answers[0]
 
     return stub
 
 
-STUBS = {"erase": lambda implementation: lambda x, *arguments: x.clone(), "steering_lines": _remembered}
+def _untouched(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, *arguments, in_place=False: x if in_place else x.clone()
 
 
-def _unet(channels: int) -> nn.Module:
+STUBS = {"erase": _untouched, "steering_lines": _remembered}
+
+
+def _unet(sample: Tensor) -> nn.Module:
     try:
         from diffusers.models.transformers.transformer_2d import Transformer2DModel
     except ImportError as error:
         raise Absent(str(error)) from error
 
+    ready, channels = sample.clone(), sample.shape[1]
+
     class Block(Transformer2DModel):
         def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
-            return (hidden_states,)
+            return (ready,)
 
     class UNet(nn.Module):
         def __init__(self) -> None:
@@ -103,7 +109,7 @@ def _unet(channels: int) -> nn.Module:
             self.time_proj(timestep.expand(len(sample)))
             return self.up_blocks[0](sample)
 
-    return UNet()
+    return UNet().to(sample.device)
 
 
 def _apply(unet: nn.Module, case: Case, device: str) -> Any:

@@ -30,9 +30,9 @@ class Ceilings:
     flops: dict[str, float]
     """Per second, of a large matrix product, by dtype ("tfloat32" for TF32)."""
 
-    def floor_us(self, work: Work, dtype: str) -> float:
-        """Microseconds that `work` takes at the ceilings: the larger of traffic and arithmetic."""
-        return 1e6 * max(work.bytes / self.bandwidth, work.flops / self.flops[dtype])
+    def floor_us(self, work: Work) -> float:
+        """Microseconds that `work` takes at the ceilings: the larger of traffic and arithmetic, in whatever dtype."""
+        return 1e6 * max(work.bytes / self.bandwidth, work.flops / max(self.flops.values()))
 
 
 H100 = Ceilings(bandwidth=3.0e12, flops={"float16": 580e12, "bfloat16": 580e12, "tfloat32": 300e12, "float32": 50e12})

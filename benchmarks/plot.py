@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from harness import is_ours
-from results import Row, from_records, read_csv
+from results import Row, from_records, read_csv, types
 
 COLOURS = {
     "plain": "#9aa0a6",
@@ -26,14 +26,14 @@ def newest(rows: Sequence[Row]) -> list[Row]:
     latest: dict[tuple[object, ...], Row] = {}
     for row in rows:
         if (row.machine, row.threads) == (last.machine, last.threads):
-            key = (row.op, row.M, row.d, row.N, row.k, row.dtype, row.variant, row.flagged, row.provider)
+            key = (row.op, row.M, row.d, row.N, row.k, types(row), row.variant, row.flagged, row.provider)
             latest.pop(key, None)
             latest[key] = row
     return list(latest.values())
 
 
 def panels(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, list[Row]]]:
-    """{(op, dtype): {case: its timed rows}}."""
+    """{(op, dtypes): {case: its timed rows}}."""
     grouped: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
         if row.p50_us is not None:
@@ -42,7 +42,7 @@ def panels(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, list[Row]]]:
                 for part in (f"M={row.M}", row.variant, "" if row.flagged is None else f"{row.flagged} flagged")
                 if part
             )
-            grouped.setdefault((row.op, row.dtype), {}).setdefault(case, []).append(row)
+            grouped.setdefault((row.op, types(row)), {}).setdefault(case, []).append(row)
     return grouped
 
 

@@ -21,19 +21,23 @@ HALF_TOLERANCE = 2e-2
 BACKENDS = {"cpu": ("eager", "cpu"), "cuda": ("eager", "triton", "cuda")}
 
 
-def ours(op: str, device: str, call: Callable[[], Any]) -> list[Provider]:
-    """`call`, which uses `saemnesia_fast.ops`, on each of our backends for the device."""
+def ours(op: str, device: str, call: Callable[[], Any], exact: Callable[[], Any] | None = None) -> list[Provider]:
+    """`call`, which uses `saemnesia_fast.ops`, on each of our backends for the device; and `exact`, the same with
+    precision="exact", where that computes otherwise."""
 
-    def start(backend: str) -> Callable[[], Any]:
+    def start(backend: str, call: Callable[[], Any]) -> Callable[[], Any]:
         with ops.use_backend(backend):
             choice = next(choice for choice in ops.backend_report(device) if choice.op == op)
         if choice.backend != backend:
             raise Absent(choice.why.partition(f"cannot run on {device}: ")[2] or choice.why)
         return call
 
+    entered = [(backend, "", call) for backend in BACKENDS[device]]
+    if exact is not None and device == "cuda":
+        entered.append(("triton", ", exact", exact))
     return [
-        Provider(f"ours {backend}", partial(start, backend), context=partial(ops.use_backend, backend))
-        for backend in BACKENDS[device]
+        Provider(f"ours {backend}{how}", partial(start, backend, what), context=partial(ops.use_backend, backend))
+        for backend, how, what in entered
     ]
 
 

@@ -1,4 +1,4 @@
-"""Renders the figures of README.md from committed results: `python benchmarks/render.py` rewrites them in place.
+"""Renders the pages' figures from committed results: `python benchmarks/render.py` rewrites them in place.
 
 A figure stands between `<!-- NAME -->` and `<!-- /NAME -->`; nobody types one by hand.
 """
@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-EVALUATION = ROOT / "benchmarks" / "results" / "minicanvas.json"
-DEMO = ROOT / "benchmarks" / "results" / "demo.json"
+RESULTS = ROOT / "benchmarks" / "results"
+EVALUATION = RESULTS / "minicanvas.json"
+DEMO = RESULTS / "demo.json"
+DEMO_BACKENDS = RESULTS / "demo_backends.json"
+OPS = RESULTS / "ops.csv"
+PLOT = RESULTS / "ops.png"
+BUDGETS = ROOT / "tests" / "budgets.json"
+NOT_YET = "Not measured yet."
 RECORD = ROOT / "saemnesia_fast" / "minicanvas" / "weights" / "record.json"
 
 
@@ -59,16 +66,84 @@ def training_record() -> str:
     )
 
 
-FIGURES: dict[str, Callable[[], str]] = {
-    "erasure-table": erasure_table,
-    "demo-time": demo_time,
-    "training-record": training_record,
+def demo_backends() -> str:
+    """What a picture of the demo costs, plain and erased by each backend."""
+    if not DEMO_BACKENDS.exists():
+        return NOT_YET
+    report = _read(DEMO_BACKENDS)
+    seconds = report["seconds_per_picture"]
+    erased = [
+        f"{times['p50']:.4f} s erased by `{name}` ({times['percent_longer']:+.1f} %)"
+        for name, times in seconds.items()
+        if name != "plain"
+    ]
+    return (
+        f"A picture of the demo takes {seconds['plain']['p50']:.4f} s plain, {', '.join(erased)}: medians of "
+        f"{report['rounds']} rounds of {report['pictures_a_round']} pictures, percent against the plain picture of the "
+        f"same round; {report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['commit']}."
+    )
+
+
+def cpu_ops() -> str:
+    """The `cpu` backend at full size against the baseline and the best competitor, and the plot of all of them."""
+    if not OPS.exists():
+        return NOT_YET
+    from plot import newest
+    from results import read_csv
+
+    rows = newest(read_csv(OPS))
+    baselines = {_case(row): row for row in rows if row.provider == row.baseline}
+    ours = [row for row in rows if row.provider == "ours cpu" and row.vs_baseline and row.vs_best]
+    lines = [
+        "| op | case | tokens | baseline, ms | `cpu`, ms (p20-p80) | times as fast | as the best other |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in ours:
+        case = ", ".join(filter(None, [row.variant, f"{row.flagged} flagged" if row.flagged is not None else ""]))
+        base = f"{row.baseline} {_milliseconds(baselines[_case(row)].p50_us)}"
+        middle, low, high = map(_milliseconds, (row.p50_us, row.p20_us, row.p80_us))
+        ratios = f"{row.vs_baseline:.3g} | {row.vs_best:.3g}"
+        lines.append(f"| {row.op} | {case} | {row.M} | {base} | {middle} ({low}-{high}) | {ratios} |")
+    last = ours[-1]
+    size, where = f"d = {last.d}, N = {last.N}, k = {last.k}, {last.dtype}", f"{last.machine}, {last.threads} threads"
+    lines += ["", f"{size}; {where}, torch {last.torch}, {last.commit}."]
+    if PLOT.exists():
+        lines += ["", f"![Every op and provider](../{PLOT.relative_to(ROOT).as_posix()})"]
+    return "\n".join(lines)
+
+
+def aot_table() -> str:
+    """What every kernel takes on every architecture, as its budget says."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, budget in _read(BUDGETS).items():
+        kernel, architecture = name.rsplit(" ", 1)
+        cell = f"{budget['registers']} / {budget['shared'] / 1024:.3g} {budget['matrix'] or ''}".rstrip()
+        rows.setdefault(kernel, {})[architecture] = cell
+    columns = sorted({column for row in rows.values() for column in row}, key=lambda column: int(column[3:]))
+    table = [["registers / KiB", *columns], ["---"] * (1 + len(columns))]
+    table += [[f"`{kernel}`", *(row.get(column, "") for column in columns)] for kernel, row in rows.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def _milliseconds(microseconds: float) -> str:
+    return f"{microseconds / 1000:.3g}"
+
+
+def _case(row: Any) -> tuple[Any, ...]:
+    return row.op, row.M, row.dtype, row.weights, row.variant, row.flagged
+
+
+FIGURES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"erasure-table": erasure_table, "demo-time": demo_time, "training-record": training_record},
+    "CHANGELOG.md": {"demo-backends": demo_backends},
+    "docs/kernels.md": {"aot-table": aot_table, "cpu-ops": cpu_ops},
 }
+"""{file: {marker: what stands there}}."""
 
 
-def render(text: str) -> str:
-    """`text` with every figure replaced by what the results say."""
-    for name, figure in FIGURES.items():
+def render(file: str, text: str) -> str:
+    """`text` of a file with every figure replaced by what the results say."""
+    for name, figure in FIGURES[file].items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda found, figure=figure: f"{found[1]}{figure()}\n{found[2]}", text)
     return text
@@ -84,5 +159,7 @@ def _device(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.path.append(str(Path(__file__).parent))
+    for file in FIGURES:
+        path = ROOT / file
+        path.write_text(render(file, path.read_text(encoding="utf-8")), encoding="utf-8")

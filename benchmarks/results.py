@@ -44,6 +44,7 @@ class Row:
     N: int
     k: int
     dtype: str
+    weights: str
     variant: str
     flagged: int | None
     provider: str
@@ -72,6 +73,11 @@ class Row:
     @classmethod
     def from_text(cls, line: dict[str, str]) -> Row:
         return cls(**{field.name: _parse(str(field.type), line[field.name]) for field in fields(cls)})
+
+
+def types(one: Row | Case) -> str:
+    """The dtypes of tokens and weights, named once where they are the same."""
+    return f"{one.dtype} x {one.weights}" if one.weights else one.dtype
 
 
 def _parse(kind: str, text: str) -> Any:
@@ -118,7 +124,7 @@ COLUMNS = {
     "op": lambda row: row.op,
     "case": lambda row: ", ".join(filter(None, [row.variant, "" if row.flagged is None else f"{row.flagged} flagged"])),
     "M": lambda row: str(row.M),
-    "dtype": lambda row: row.dtype,
+    "dtype": types,
     "provider": lambda row: row.provider,
     "p50 us": lambda row: row.status[:80] if row.p50_us is None else _short(row.p50_us),
     "p20-p80": lambda row: "" if row.p50_us is None else f"{_short(row.p20_us)}-{_short(row.p80_us)}",

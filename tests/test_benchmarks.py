@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import activations
+import demo
 import dry
 import erase
 import gpu
@@ -23,11 +25,12 @@ import machine
 import plot
 import providers
 import results
+from saemnesia_fast import ops
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
-OPS = ("encode_topk", "decode", "erase", "probe", "unet", "hooks")
+OPS = ("erase", "encode_topk", "unet", "hooks", "decode", "probe")
 STAMP = results.Stamp("abc", "2026-01-01T00:00:00Z", "a machine", 2, 2, "2.13.0", "3.6.0")
 CASE = harness.Case("double", M=8, d=4, N=16, k=2)
 
@@ -162,9 +165,9 @@ def test_csv_round_trip_keeps_rows_and_appends(tmp_path: Path) -> None:
 
 
 def test_floor_is_the_larger_of_traffic_and_arithmetic() -> None:
-    ceilings = machine.Ceilings(bandwidth=1e9, flops={"float32": 1e12})
-    assert ceilings.floor_us(harness.Work(bytes=2000, flops=0), "float32") == pytest.approx(2.0)
-    assert ceilings.floor_us(harness.Work(bytes=2000, flops=5_000_000), "float32") == pytest.approx(5.0)
+    ceilings = machine.Ceilings(bandwidth=1e9, flops={"float32": 1e11, "float16": 1e12})
+    assert ceilings.floor_us(harness.Work(bytes=2000, flops=0)) == pytest.approx(2.0)
+    assert ceilings.floor_us(harness.Work(bytes=2000, flops=5_000_000)) == pytest.approx(5.0)
 
 
 @pytest.fixture
@@ -196,10 +199,11 @@ def test_block_layout_is_a_strided_view_of_the_same_tokens(small: harness.Case) 
 
 @pytest.mark.parametrize("name", ["encode_topk", "decode", "erase", "probe"])
 def test_every_provider_passes_its_gate_at_a_small_size(name: str) -> None:
-    """Each op's own contest, on the CPU, without what has to be compiled first."""
+    """Each op's own contest, on the CPU, without what has to be compiled first; also with weights of another dtype."""
     op = import_module(name)
     sizes = {"M": 32, "d": 64, "N": 512, "k": 8}
-    for case in {dataclasses.replace(case, **sizes, flagged=case.flagged and 16) for case in op.cases("cpu")}:
+    cases = [*op.cases("cpu"), *(case for case in op.cases("cuda") if case.weights)]
+    for case in {dataclasses.replace(case, **sizes, flagged=case.flagged and 16) for case in cases}:
         entered = op.contest(case, "cpu")
         for one in entered.providers:
             if one.name != "torch.compile":
@@ -230,6 +234,20 @@ def test_our_backends_that_cannot_run_say_why() -> None:
     (triton,) = [one for one in providers.ours("erase", "cuda", lambda: None) if one.name == "ours cuda"]
     with pytest.raises(harness.Absent, match="not in this version"):
         triton.start()
+
+
+def test_exact_stands_beside_the_default_where_it_computes_otherwise() -> None:
+    names = {
+        device: [one.name for one in providers.ours("erase", device, lambda: None, lambda: None)]
+        for device in ("cpu", "cuda")
+    }
+    assert names == {
+        "cpu": ["ours eager", "ours cpu"],
+        "cuda": ["ours eager", "ours triton", "ours cuda", "ours triton, exact"],
+    }
+    by_precision = providers.ours("erase", "cuda", lambda: "default", lambda: "exact")
+    assert by_precision[-1].start.args == ("triton", by_precision[-1].start.args[1])
+    assert by_precision[-1].start.args[1]() == "exact"
 
 
 def test_peers_that_are_not_installed_say_so() -> None:
@@ -264,9 +282,9 @@ def test_dry_floors_are_those_of_the_design() -> None:
     """The encode product in float16 at 580 TFLOP/s, as budgeted: 46, 185, 370 and 1481 us."""
     encode_topk = import_module("encode_topk")
     floors = [
-        machine.H100.floor_us(encode_topk.work(case), "float16")
+        machine.H100.floor_us(encode_topk.work(case))
         for case in encode_topk.cases("cuda")
-        if case.dtype == "float16" and not case.variant
+        if case.dtype == "float16" and not case.variant and not case.weights
     ]
     assert [round(floor) for floor in floors] == [46, 185, 370, 1481]
     assert "encode_topk" in dry.report(OPS)
@@ -313,11 +331,14 @@ def test_the_record_holds_every_part_and_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command's own course, with processes that answer at once; the second op crashes."""
-    rows = results.as_records(run(provider("eager", 2.0, 100.0)).values())
+    rows, order = results.as_records(run(provider("eager", 2.0, 100.0)).values()), []
 
     def answer(command: list[str], environment: dict[str, str], limit: float) -> dict[str, object]:
+        order.append(command[2] if command[2] != "ops" else command[3])
         if "ceilings" in command:
             Path(command[-1]).write_text(json.dumps({"bandwidth": 3e12, "flops": {"float16": 6e14}}))
+        elif "tune" in command:
+            Path(command[-1]).write_text(json.dumps({"tiles": {"float16": {"probe": [64, 16, 64, 4, 6]}}}))
         elif "decode" in command:
             return {"status": "failed: exit status -6", "seconds": 1.0, "output": "aborted"}
         elif "--json" in command:
@@ -333,10 +354,58 @@ def test_the_record_holds_every_part_and_every_row(
     record = json.loads((tmp_path / "gpu-a-machine-2026-01-01.json").read_text())
     assert record["commit"] == "abc" and record["ceilings"]["bandwidth"] == 3e12 and record["capability"] == [9, 0]
     statuses = {name: part["status"] for name, part in record["parts"].items()}
-    assert set(statuses) == {"build", "tests", "ceilings", "encode_topk", "decode", "erase"}
+    assert list(statuses) == ["build", "tests", "tune", "ceilings", "encode_topk", "decode", "erase"]
+    assert order == ["pip", "pytest", "tune", "ceilings", "encode_topk", "decode", "erase"]
+    assert record["tuning"]["tiles"]["float16"]["probe"] == [64, 16, 64, 4, 6]
     assert statuses["decode"].startswith("failed") and statuses["erase"] == "ok"
     assert record["rows"] == rows * 2
     assert "gpu-a-machine-2026-01-01.json" in capsys.readouterr().out
+
+
+class FakeCanvas:
+    """Paints in no time, and notes who erased."""
+
+    def __init__(self) -> None:
+        self.painted: list[str] = []
+        self.way = "plain"
+
+    @contextmanager
+    def erased(self, concepts):
+        assert concepts == demo.CONCEPTS
+        self.way = ops.current_backend()
+        yield
+        self.way = "plain"
+
+    def paint(self, wanted):
+        self.painted.append(f"{self.way} {len(wanted)}")
+
+
+def test_the_demo_is_painted_in_interleaved_rounds() -> None:
+    canvas = FakeCanvas()
+    found, absent = demo.ways(canvas, demo.CONCEPTS)
+    names = [name for name in ("plain", "eager", "cpu") if name not in absent]
+    assert list(found) == names
+    taken = demo.measure(canvas, found, rounds=2, pictures=5)
+    assert canvas.painted == [f"{name} 2" for name in names] + [
+        f"{name} 5" for name in [*names, *names[1:], *names[:1]]
+    ]
+    assert {name: len(seconds) for name, seconds in taken.items()} == dict.fromkeys(names, 2)
+    assert ops.current_backend() == "auto"
+
+
+def test_the_demo_compares_pictures_of_one_round() -> None:
+    summary = demo.summary({"plain": [1.0, 2.0, 4.0], "cpu": [1.01, 2.04, 4.04]})
+    assert summary["cpu"] == {"p20": 1.422, "p50": 2.04, "p80": 3.24, "percent_longer": 1.0}
+    assert summary["plain"]["percent_longer"] == 0.0
+
+
+def test_the_demo_writes_its_figures(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    demo.main(tmp_path / "demo.json", rounds=1, pictures=2)
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert {"commit", "machine", "threads", "torch", "diffusers", "erased", "rounds"} <= set(report)
+    assert {"plain", "eager", "cpu"} == {*report["seconds_per_picture"], *report["absent"]}
+    assert all(0 < one["p20"] <= one["p80"] for one in report["seconds_per_picture"].values())
 
 
 def test_link_tree_is_laid_out_as_installed(tmp_path: Path) -> None:

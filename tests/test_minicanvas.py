@@ -1,6 +1,7 @@
 """MiniCanvas as it is shipped: its record, its pipeline, its erasures, its demo and its builder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from saemnesia_fast.cli.demo import Demo
 from saemnesia_fast.cli.main import main
 from saemnesia_fast.files import read_json
+from saemnesia_fast.minicanvas import build
 from saemnesia_fast.minicanvas.build import BuildConfig, Builder
 from saemnesia_fast.minicanvas.canvas import WEIGHTS, MiniCanvas, requests
 from saemnesia_fast.minicanvas.classifier import accuracy
@@ -101,8 +103,17 @@ def test_demo_names_the_concepts_it_knows(tmp_path):
         Demo(object=("dog",), out=tmp_path).run()
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    """A builder that paints in three steps, and measures on one picture of each combination."""
+    canvas = Builder.canvas
+    monkeypatch.setattr(Builder, "canvas", lambda self: replace(canvas(self), steps=3))
+    monkeypatch.setattr(build, "draw_all", lambda count, seed: draw_all(min(count, 2), seed))
+    monkeypatch.setattr(build, "requests", lambda count, seed: requests(1, seed))
+
+
 @pytest.mark.slow
-def test_the_builder_makes_everything_from_nothing_and_resumes(tmp_path):
+def test_the_builder_makes_everything_from_nothing_and_resumes(tmp_path, hasty):
     config = BuildConfig(
         work=tmp_path / "work",
         out=tmp_path / "out",
