@@ -22,7 +22,7 @@ def steering(value, index, line, latents, thresholds, factors, num_entries, norm
     return change
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_line", "num_entries", "latents", "thresholds", "factors"])
 def decode_kernel(
     values,
     indices,

@@ -6,7 +6,7 @@ import triton.language as tl
 from .tokens import token_offsets
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_line", "num_entries", "latents", "factors"])
 def erase_kernel(
     x,
     per_batch,

@@ -4,7 +4,18 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "timesteps",
+        "timestep_stride",
+        "num_stored",
+        "num_prompts",
+        "num_entries",
+        "num_lines",
+        "num_blocks",
+        "first_block",
+    ]
+)
 def steering_lines_kernel(
     timesteps,
     timestep_stride,

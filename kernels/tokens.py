@@ -12,10 +12,14 @@ class Tokens(NamedTuple):
 
     data: torch.Tensor
     per_batch: int
-    """T; 1 where there are no tokens, so that it always divides."""
+    """T, at least 1: that of an image [B, C, H, W] is H W, that of a matrix is 1, neither depending on the batch."""
     stride_b: int
     stride_t: int
     stride_d: int
+
+    def aligned(self, *periods: int) -> bool:
+        """Whether tokens, rather than channels, lie side by side, and 16 divides T and every one of `periods`."""
+        return self.stride_d != 1 and not any(period % 16 for period in (self.per_batch, *periods))
 
 
 def view(*tensors: torch.Tensor) -> tuple[Tokens, ...] | None:
@@ -34,12 +38,18 @@ def view(*tensors: torch.Tensor) -> tuple[Tokens, ...] | None:
             dims.append((size, strides))
     if len(dims) > 2:
         return None
-    none = (0,) * len(tensors)
-    (_, outer), (per_batch, inner) = [(1, none)] * (2 - len(dims)) + dims
+    missing = [(1, (0,) * len(tensors))] * (2 - len(dims))
+    (_, outer), (per_batch, inner) = dims + missing if first.stride(-1) == 1 else missing + dims
     return tuple(
         Tokens(tensor, per_batch, outer[number], inner[number], tensor.stride(-1))
         for number, tensor in enumerate(tensors)
     )
+
+
+def locate(x: torch.Tensor) -> Tokens:
+    """x [..., d] as the kernels read it: in place, or a copy where three strides cannot express it."""
+    in_place = view(x)
+    return in_place[0] if in_place else locate(x.contiguous())
 
 
 @triton.jit
@@ -47,3 +57,17 @@ def token_offsets(rows, per_batch, stride_b, stride_t):
     """Where the tokens `rows` begin, as int64."""
     rows = rows.to(tl.int64)
     return rows // per_batch * stride_b + rows % per_batch * stride_t
+
+
+@triton.jit
+def token_range(first, end, BLOCK_M: tl.constexpr, ALIGNED: tl.constexpr):
+    """The tokens first ... [BLOCK_M], and which of them are before `end`.
+
+    ALIGNED promises that both are multiples of 16, so that neighbouring tokens are loaded together.
+    """
+    rows = first + tl.arange(0, BLOCK_M)
+    live = rows < end
+    if ALIGNED:
+        rows = tl.multiple_of(rows, 16)
+        live = tl.max_constancy(live, 16)
+    return rows, live

@@ -168,16 +168,19 @@ class TopKSAE(nn.Module):
         """Latents kept per token."""
         return self.cfg.k
 
-    def encode(self, x: Tensor) -> SparseLatents:
-        """The k largest latents of each token of x [..., d]; per token whatever the SAE was trained with (SPEC 1.4)."""
+    def encode(self, x: Tensor, precision: str = "default") -> SparseLatents:
+        """The k largest latents of each token of x [..., d]; per token whatever the SAE was trained with (SPEC 1.4).
+
+        precision: "default" or "exact", see `saemnesia_fast.ops`.
+        """
         if self.cfg.input_unit_norm:
             mean, std = unit_norm_statistics(x)
-            latents = self._encode((x - mean) / std)
+            latents = self._encode((x - mean) / std, precision)
             return SparseLatents(latents.values.to(x.dtype), latents.indices)
-        return self._encode(x)
+        return self._encode(x, precision)
 
-    def _encode(self, x: Tensor) -> SparseLatents:
-        return ops.encode_topk(x, self.W_enc, self.b_enc, self.b_dec, self.k)
+    def _encode(self, x: Tensor, precision: str = "default") -> SparseLatents:
+        return ops.encode_topk(x, self.W_enc, self.b_enc, self.b_dec, self.k, precision)
 
     def decode(self, latents: SparseLatents) -> Tensor:
         """`x_hat` [..., d] (SPEC 1.3); of standardised tokens where `input_unit_norm`, which `forward` maps back."""

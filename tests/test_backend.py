@@ -34,7 +34,7 @@ def register_triton(refusal: backend.Refusal | None) -> list[str]:
 
     def encode_topk(*arguments: object) -> object:
         calls.append("triton")
-        return reference.encode_topk(*arguments)  # type: ignore[arg-type]
+        return reference.encode_topk(*arguments[:-1])  # type: ignore[arg-type]
 
     backend.register("encode_topk", "triton", encode_topk, lambda device: refusal)
     return calls

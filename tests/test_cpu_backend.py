@@ -294,22 +294,22 @@ lines = torch.tensor([[3, 9]]), torch.zeros(1, 2), torch.tensor([[-3.0, -2.0]])
 with ops.use_backend(sys.argv[2]):
     ops.erase(torch.randn(2, d), W, b, shift, W, 32, *lines, mode)
     before = peak()
-    ops.erase(torch.randn(512, d), W, b, shift, W, 32, *lines, mode)
+    ops.erase(torch.randn(2048, d), W, b, shift, W, 32, *lines, mode)
 print(peak() - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 @pytest.mark.parametrize(
-    ("mode", "backend", "dense"), [("exact", "cpu", False), ("released", "cpu", False), ("exact", "eager", True)]
+    ("mode", "backend", "most"), [("exact", "cpu", 20), ("released", "cpu", 20), ("exact", "eager", 200)]
 )
-def test_no_pre_activations_of_all_latents_are_held(mode: str, backend: str, dense: bool) -> None:
-    """[M, N] in float32 would be 128 MiB here."""
+def test_no_pre_activations_of_all_latents_and_tokens_are_held(mode: str, backend: str, most: int) -> None:
+    """[M, N] in float32 would be 512 MiB here; the eager reference takes 128 tokens, 32 MiB, at a time."""
     if EXTENSION.build_config()["instruction_set"] != INSTRUCTION_SETS[0]:
         pytest.skip("a new process runs the widest instruction set")
     command = [sys.executable, "-P", "-c", MEMORY, mode, backend]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert grown > 120 * 1024 if dense else grown < 20 * 1024
+    assert grown < most * 1024
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -320,9 +320,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
     values, indices = ops.encode_topk(x, *weights, 5)
     lines = selection(2, 6, 12)
     for op, arguments in {
-        "encode_topk": (x, *weights, 5),
+        "encode_topk": (x, *weights, 5, "default"),
         "decode": (values, indices, W_dec, weights.b_dec),
-        "erase": (x, *weights, W_dec, 5, *lines, "exact", False),
-        "probe": (x, *weights, 5, *lines[:2]),
+        "erase": (x, *weights, W_dec, 5, *lines, "exact", False, "default"),
+        "probe": (x, *weights, 5, *lines[:2], "default"),
     }.items():
         torch.library.opcheck(getattr(torch.ops.saemnesia_fast, op).default, arguments)

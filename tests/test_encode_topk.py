@@ -124,7 +124,7 @@ def test_gradients_are_those_of_the_dense_formula_through_kept_positive_values()
 def test_gradcheck() -> None:
     weights, _ = random_weights(4, 9)
     arguments = tuple(t.requires_grad_() for t in (random_tokens(2, 3, 4), *weights))
-    assert torch.autograd.gradcheck(lambda *a: OP(*a, 3)[0], arguments)
+    assert torch.autograd.gradcheck(lambda *a: OP(*a, 3, "default")[0], arguments)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -132,7 +132,7 @@ def test_gradcheck() -> None:
 def test_opcheck(shape: tuple[int, ...], grad: bool) -> None:
     weights, _ = random_weights(4, 9, torch.float32)
     x = random_tokens(*shape, dtype=torch.float32)
-    torch.library.opcheck(OP.default, (*(t.requires_grad_(grad) for t in (x, *weights)), 3))
+    torch.library.opcheck(OP.default, (*(t.requires_grad_(grad) for t in (x, *weights)), 3, "default"))
 
 
 def test_compiles_as_one_graph() -> None:

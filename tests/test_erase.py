@@ -10,6 +10,7 @@ from torch import Tensor
 
 import naive
 from saemnesia_fast import ops
+from saemnesia_fast.ops import eager_backend
 from weights import SPLIT_CASES, random_tokens, random_weights, same_bits, threads
 
 OP = torch.ops.saemnesia_fast.erase
@@ -209,7 +210,7 @@ def test_gradcheck_in_x_weights_and_factors(mode: str, norm_scaled: bool) -> Non
     arguments = tuple(t.requires_grad_() for t in (random_tokens(4, 4), *weights, W_dec, factors))
 
     def run(*a: Tensor) -> Tensor:
-        return OP(*a[:5], 5, latents, thresholds, a[5], mode, norm_scaled)
+        return OP(*a[:5], 5, latents, thresholds, a[5], mode, norm_scaled, "default")
 
     _, steered = ops.probe(arguments[0], *weights, 5, latents, thresholds)
     assert steered.any()
@@ -235,7 +236,74 @@ def test_opcheck(mode: str, grad: bool) -> None:
     weights, W_dec = random_weights(4, 12, torch.float32)
     x = random_tokens(2, 4, 3, dtype=torch.float32).movedim(1, 2).clone()
     floats = [t.requires_grad_(grad) for t in (x, *weights, W_dec)]
-    torch.library.opcheck(OP.default, (*floats, 5, *selection(2, 6, n=12, dtype=torch.float32), mode, True))
+    rest = (5, *selection(2, 6, n=12, dtype=torch.float32), mode, True, "default")
+    torch.library.opcheck(OP.default, (*floats, *rest))
+
+
+@pytest.mark.parametrize("norm_scaled", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_in_place_gives_the_same_bits_over_the_tokens(mode: str, norm_scaled: bool) -> None:
+    weights, W_dec = random_weights(6, 30, torch.float32)
+    image = random_tokens(2, 6, 5, 4, dtype=torch.float32)
+    entries = selection(2, 8, n=30, dtype=torch.float32)
+    want = erase(image.permute(0, 2, 3, 1), *weights, W_dec, 5, *entries, mode, norm_scaled)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = image.clone(memory_format=layout).permute(0, 2, 3, 1)
+        assert erase(x, *weights, W_dec, 5, *entries, mode, norm_scaled, in_place=True) is x
+        assert same_bits(x, want)
+
+
+def test_in_place_refuses_what_cannot_be_written_over() -> None:
+    weights, W_dec = random_weights(6, 30, torch.float32)
+    x = random_tokens(1, 6, dtype=torch.float32)
+    rest = (*weights, W_dec, 5, *selection(8, n=30, dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"in_place: expected x whose elements lie apart, got strides \[0, 1\]"):
+        erase(x.expand(4, 6), *rest, in_place=True)
+    with pytest.raises(ValueError, match="in_place: expected x without a gradient"):
+        erase(x.requires_grad_(), *rest, in_place=True)
+    with torch.no_grad():
+        erase(x, *rest, in_place=True)
+
+
+def test_in_place_compiles_as_one_graph() -> None:
+    weights, W_dec = random_weights(6, 30, torch.float32)
+    x = random_tokens(7, 6, dtype=torch.float32)
+    rest = (*weights, W_dec, 5, *selection(8, n=30, dtype=torch.float32))
+    want = erase(x, *rest)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x: Tensor) -> Tensor:
+        y = x + 0
+        return erase(y, *rest, in_place=True)
+
+    assert same_bits(compiled(x), want)
+
+
+def test_exact_precision_overrules_a_setting_to_round_float32_products() -> None:
+    weights, W_dec = random_weights(6, 30, torch.float32)
+    x = random_tokens(3, 6, dtype=torch.float32)
+    entries = tuple(t[None] for t in selection(8, n=30, dtype=torch.float32))
+    seen = []
+
+    def spy(tokens: Tensor, *arguments: object) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return tokens
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for precision in ("default", "exact"):
+            eager_backend.erase(x, *weights, W_dec, 5, *entries, "exact", False, precision, definition=spy)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["medium", "highest"]
+
+
+def test_unknown_precision_is_named() -> None:
+    weights, W_dec = random_weights(6, 30, torch.float32)
+    with pytest.raises(ValueError, match="precision: expected one of default, exact, got 'fast'"):
+        erase(random_tokens(3, 6), *weights, W_dec, 5, *selection(8, n=30), precision="fast")
 
 
 def test_compiles_as_one_graph() -> None:

@@ -80,7 +80,7 @@ def test_a_compiled_bare_unet_is_checked_from_outside_its_graph():
         with apply_erasure(compiled, *narrow_sae_and_table(), "cat", **STRONG) as erasure:
             erased = compiled(sample, timestep, encoder_hidden_states=states).sample
             assert not torch.equal(erased, plain)
-            erasure._clock.counter.add_(1)  # as if the graph of one call had left the block's hook out
+            erasure._clock.calls.on_device.add_(1)  # as if the graph of one call had left the block's hook out
             with pytest.raises(RuntimeError, match=r"ran in 0 of 1 UNet calls"):
                 erasure.verify()
 

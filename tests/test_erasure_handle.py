@@ -322,3 +322,83 @@ def test_applied_in_inference_mode_used_outside():
         erasure.set("cat")
         assert torch.equal(generate(pipe), inside)
     erasure.remove()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("record", [False, True])
+def test_warmup_runs_the_edit_as_a_call_would_and_leaves_no_trace(monkeypatch, memory_format, record):
+    pipe = tiny_sd()
+    pipe.unet.to(torch.float16).to(memory_format=memory_format)
+    unet = pipe.unet
+    sae, table = sae_and_table()
+    with apply_erasure(unet, sae, table, "cat", record=record, **STRONG) as erasure:
+        before = unet_call(unet)
+        reports = erasure.report() if record else []
+        seen = []
+        point = erasure._points[HOOK_POINT]
+        edit = point._erase
+
+        def spy(x, *arguments, **options):
+            seen.append((x.dtype, x.shape[-1], x.permute(0, 3, 1, 2).is_contiguous(memory_format=memory_format)))
+            return edit(x, *arguments, **options)
+
+        monkeypatch.setattr(point, "_erase", spy)
+        erasure.warmup()
+        assert seen == [(torch.float16, sae.d, True)] * 2
+        assert [counter.take() for counter in erasure._counters()] == [0, 0]
+        again = erasure.report() if record else []
+        assert [(r.tokens, r.steered) for r in again] == [(r.tokens, r.steered) for r in reports]
+        assert torch.equal(unet_call(unet), before)
+    with pytest.raises(RuntimeError, match="not in effect"):
+        erasure.warmup()
+
+
+def test_the_edit_is_written_over_the_blocks_own_output_where_nobody_needs_it(monkeypatch):
+    unet = tiny_unet()
+    block = find_hook_point(unet, HOOK_POINT)
+    made = []
+    inner = block.forward
+
+    def forward(*args, **kwargs):
+        output = inner(*args, **kwargs)
+        made.append((output[0], output[0].clone()))
+        return output
+
+    monkeypatch.setattr(block, "forward", forward)
+    sae, table = sae_and_table()
+    for options, over in (({}, True), ({"mode": "released"}, False), ({"record": True}, False)):
+        with apply_erasure(unet, sae, table, "cat", **STRONG, **options):
+            erased = unet_call(unet)
+        given, as_made = made.pop()
+        assert torch.equal(given, as_made) is not over
+        assert torch.equal(erased, given) is over
+
+
+def test_a_block_that_returns_its_input_is_not_written_over(monkeypatch):
+    unet = tiny_unet()
+    block = find_hook_point(unet, HOOK_POINT)
+    given = []
+
+    def forward(hidden_states, *args, **kwargs):
+        given.append((hidden_states, hidden_states.clone()))
+        return (hidden_states,)
+
+    monkeypatch.setattr(block, "forward", forward)
+    with apply_erasure(unet, *sae_and_table(), "cat", **STRONG):
+        erased = unet_call(unet)
+    states, as_given = given.pop()
+    assert torch.equal(states, as_given)
+    assert not torch.equal(erased, states)
+
+
+def test_the_backend_is_decided_when_the_erasure_is_applied():
+    unet = tiny_unet()
+    with ops.use_backend("eager"):
+        erasure = apply_erasure(unet, *sae_and_table(), "cat", **STRONG)
+    assert "erase on cpu: eager ('eager' was chosen)" in erasure.explain()
+    eager = unet_call(unet)
+    with ops.use_backend("triton"):
+        assert torch.equal(unet_call(unet), eager)
+    erasure.remove()
+    with pytest.raises(RuntimeError, match="'triton' was chosen"), ops.use_backend("triton"):
+        apply_erasure(unet, *sae_and_table(), "cat", **STRONG)

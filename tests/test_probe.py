@@ -75,7 +75,7 @@ def test_batch_splits_agree_bit_for_bit(d: int, n: int, dtype: torch.dtype) -> N
 def test_opcheck() -> None:
     weights, _ = random_weights(4, 12, torch.float32)
     arguments = (torch.tensor([[1, 2], [3, 0]]), torch.zeros(2, 2))
-    torch.library.opcheck(OP.default, (random_tokens(2, 3, 4, dtype=torch.float32), *weights, 5, *arguments))
+    torch.library.opcheck(OP.default, (random_tokens(2, 3, 4, dtype=torch.float32), *weights, 5, *arguments, "default"))
 
 
 def test_is_not_differentiable() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from saemnesia_fast import ops
 
 OP = torch.ops.saemnesia_fast.steering_lines
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 def tables(timesteps: int, prompts: int, width: int, seed: int = 0) -> dict[str, torch.Tensor]:

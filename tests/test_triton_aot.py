@@ -14,6 +14,8 @@ BUDGETS = json.loads((TESTS / "budgets.json").read_text(encoding="utf-8"))
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that one program can have."""
 PRODUCTS = ("encode_topk.encode", "probe.probe", "probe.rank")
+SUMS = "probe.probe_exact"
+"""No product of matrices: sums in float64."""
 
 
 def triton_version() -> str:
@@ -45,7 +47,7 @@ def test_kernels_keep_to_their_budgets(architecture: int) -> None:
         budget = BUDGETS[name]
         assert row["spilled"] == 0, name
         assert row["registers"] <= budget["registers"], name
-        assert row["shared"] <= budget["shared"], name
+        assert row["shared"] == budget["shared"], name  # less would be loads that no longer run ahead
         assert row["matrix"] == budget["matrix"], name
 
 
@@ -58,6 +60,6 @@ def test_budgets_allow_no_spill_and_fit_the_machine() -> None:
 
 
 def test_products_use_the_tensor_cores_of_hopper() -> None:
-    rows = {name: row for name, row in on(90).items() if name.startswith(PRODUCTS)}
-    assert len(rows) == 8
+    rows = {name: row for name, row in on(90).items() if name.startswith(PRODUCTS) and not name.startswith(SUMS)}
+    assert len(rows) == 13
     assert {row["matrix"] for row in rows.values()} == {"wgmma"}

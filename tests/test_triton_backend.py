@@ -1,16 +1,25 @@
-"""What the triton backend refuses, and the tiles that it takes."""
+"""What the triton backend refuses, the tiles that it takes, and what its launches are compiled for."""
 
 import json
+import os
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from saemnesia_fast import ops
 from saemnesia_fast.ops import backend, triton_backend, triton_tiles
 from saemnesia_fast.ops.triton_tiles import Tile, Tiles
+from triton_cases import MODES, selection
+from weights import random_tokens, random_weights
 
 CUDA = torch.device("cuda")
+SPECIALISED = {"d", "k", "num_latents", "num_listed", "per_batch"}
+SPECIALISED |= {f"{side}stride_{of}" for side in ("", "out_") for of in "btd"}
+"""The numbers that a kernel may be compiled for: of an SAE, or of how tokens lie, not of how many there are."""
 
 
 def test_refuses_the_cpu() -> None:
@@ -72,3 +81,80 @@ def test_measured_tiles_of_unequal_arithmetic_are_refused(tmp_path: Path) -> Non
     path.write_text(json.dumps({"float16": shapes}), encoding="utf-8")
     with pytest.raises(ValueError, match="expected one depth for all products"):
         triton_tiles.measured(path, torch.float16)
+
+
+class Launches:
+    """What kernels would be compiled for, were there a GPU to launch them on: by kernel, its specialisations."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import make_backend
+        from triton.runtime.jit import JITFunction, create_function_from_signature
+
+        self.variants: dict[str, set[str]] = defaultdict(set)
+        self.specialised: set[str] = set()
+        target = make_backend(GPUTarget("cuda", 90, 32))
+
+        def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **meta: Any) -> None:
+            bound, types, options = create_function_from_signature(kernel.signature, kernel.params, target)(
+                *arguments, **meta
+            )
+            self.variants[kernel.__name__].add(f"{types} {options}")
+            if bound.get("ALIGNED"):
+                promised = ("BLOCK_M", "per_batch", "per_line", "first_row", "num_rows")
+                assert not any(bound.get(name, 0) % 16 for name in promised)
+            numbers = {name for name, value in bound.items() if type(value) is int}
+            kept = {p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize}
+            self.specialised |= numbers & kept
+
+        monkeypatch.setattr(JITFunction, "run", run)
+
+
+def everything(x: Tensor, num_lines: int, num_entries: int, precision: str, in_place: bool = False) -> None:
+    """Every op, on tokens x [..., 64]."""
+    weights, W_dec = random_weights(64, 512, x.dtype if precision == "default" else torch.float32)
+    lines = [t[:, 1:] for t in selection(num_lines, 1 + num_entries, n=512)]
+    values, indices = triton_backend.encode_topk(x, *weights, 32, precision)
+    triton_backend.decode(values, indices.clamp(0, 511), W_dec, weights.b_dec)
+    triton_backend.probe(x, *weights, 32, *lines[:2], precision)
+    for mode in MODES:
+        triton_backend.erase(x, *weights, W_dec, 32, *lines, mode, False, precision, in_place=in_place)
+
+
+@pytest.mark.skipif(triton_backend.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("precision", ["default", "exact"])
+@pytest.mark.parametrize("layout", ["nchw", "matrix"])
+def test_a_new_batch_compiles_nothing(monkeypatch: pytest.MonkeyPatch, layout: str, precision: str) -> None:
+    """Whatever the number of images, tokens, lines and entries."""
+    launches = Launches(monkeypatch)
+    compiled = None
+    for images, num_lines, num_entries in ((2, 1, 3), (1, 1, 1), (3, 3, 16), (16, 2, 7), (17, 17, 9)):
+        if layout == "nchw":
+            x = random_tokens(images, 64, 4, 4, dtype=torch.float16).permute(0, 2, 3, 1)
+        else:
+            x = random_tokens(num_lines * (images * 3 - 2), 64, dtype=torch.float16)
+        everything(x, num_lines, num_entries, precision, in_place=images == 3)
+        compiled = compiled or {name: set(variants) for name, variants in launches.variants.items()}
+        assert launches.variants == compiled
+    kernels = {"encode_kernel", "select_kernel", "decode_kernel", "probe_kernel", "rank_kernel", "erase_kernel"}
+    kernels |= {"round_kernel", "rescore_kernel", "settle_kernel"} if precision == "exact" else set()
+    assert launches.variants.keys() == kernels
+    assert launches.specialised <= SPECIALISED
+
+
+@pytest.mark.skipif(triton_backend.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_a_new_timestep_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timesteps are handed over as views into the scheduler's, at any address, or one for each row."""
+    launches = Launches(monkeypatch)
+    timesteps = torch.arange(40)
+    for stored, prompts, entries, rows, step in ((50, 1, 8, 1, 3), (100, 4, 16, 8, 16), (1, 2, 8, 16, 21)):
+        tables = [torch.zeros(stored, prompts, entries, dtype=dtype) for dtype in (torch.int64, torch.float32)]
+        tables = [tables[0], tables[1], tables[1], tables[0]]
+        for given in (timesteps[step : step + 1], timesteps[step].expand(rows), timesteps[: rows + step][-rows:]):
+            switches = torch.ones(prompts, dtype=torch.bool)
+            times = torch.arange(stored).float()
+            triton_backend.steering_lines(given, times, *tables, switches, rows, rows, rows // 2, 900.0, 0.0)
+    assert len(launches.variants["steering_lines_kernel"]) == 1
+    assert not launches.specialised

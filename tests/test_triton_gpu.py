@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from saemnesia_fast import ops
-from saemnesia_fast.ops import reference, triton_backend
-from triton_cases import MODES, assert_no_worse, doubled, selection
+from saemnesia_fast.ops import reference
+from triton_cases import MODES, assert_no_worse, doubled, exact_activations, selection
 from weights import random_tokens, random_weights, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -99,6 +99,112 @@ def test_probe_agrees_bit_for_bit_with_encode_topk(sae, dtype):
     assert torch.equal(steered, z > 0)
 
 
+@pytest.fixture(params=[False, True])
+def _any_tf32(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Precision "exact" does not depend on torch's setting."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = request.param
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def near_ties(sae: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Every second row of W_enc is nearly its neighbour: 1e-4 of the norm apart."""
+    W_enc, *others = (t.clone() for t in sae)
+    W_enc[1::2] = W_enc[::2] + 1e-4 * W_enc[1::2]
+    return W_enc, *others
+
+
+def assert_exact(values: Tensor, indices: Tensor, activations: Tensor) -> None:
+    """The largest activations [M, N], in order, but for the last bit that another order of float64 sums may move."""
+    want = reference.top_columns(activations, values.shape[1])[0].double()
+    ulp = 2.0**-23 * want
+    assert ((activations.gather(1, indices.long()).double() - want).abs() <= ulp).all()
+    assert ((values.double() - want).abs() <= ulp + torch.finfo(values.dtype).eps / 2 * want).all()
+    assert (indices.sort().values.diff() > 0).all()
+
+
+@pytest.mark.usefixtures("_any_tf32")
+@pytest.mark.parametrize(
+    ("k", "dtype", "layout"),
+    [
+        *((K, dtype, "nchw") for dtype in DTYPES),
+        (K, torch.float32, "contiguous"),
+        (1, torch.float32, "nchw"),
+        (256, torch.float16, "nchw"),
+    ],
+)
+def test_exact_encode_topk_keeps_what_float64_sums_say(sae, k, dtype, layout):
+    """With pairs of latents that a product of float16 cannot tell apart."""
+    x, weights = block_output(2, dtype, layout), near_ties(sae)[:3]
+    values, indices = ops.encode_topk(x, *weights, k, precision="exact")
+    assert_exact(flat(values), flat(indices), exact_activations(flat(x), *weights))
+
+
+@pytest.mark.parametrize(("spread", "shift"), [(1e-7, 0.0), (1.0, -30.0), (1e-4, -30.0)])
+def test_exact_encode_topk_without_a_long_enough_list(sae, spread, shift):
+    """Nearly equal latents, and fewer than k that are active."""
+    W_enc, b_enc, b_dec, _ = sae
+    W_enc = W_enc[:1] + spread * W_enc
+    weights = (W_enc, b_enc * spread + shift * (torch.arange(N, device="cuda") % 1000 > 0), b_dec)
+    x = flat(block_output(1, torch.float32, "contiguous"))[:8] + 20 * W_enc[0]
+    assert_exact(*ops.encode_topk(x, *weights, K, precision="exact"), exact_activations(x, *weights))
+
+
+def test_exact_ties_go_to_the_lowest_index(sae):
+    W_enc, b_enc, b_dec, _ = sae
+    x = flat(block_output(1, torch.float32, "contiguous"))[:8] + 20 * W_enc[0]
+    W_enc, zero = W_enc[:1].repeat(N, 1), torch.zeros_like(b_enc)
+    values, indices = ops.encode_topk(x, W_enc, zero, b_dec, K, precision="exact")
+    assert (values > 0).all()
+    assert (values == values[:, :1]).all()
+    assert torch.equal(indices, torch.arange(K, dtype=torch.int32, device="cuda").expand(8, K))
+    latents = torch.tensor([0, K - 1, K, N - 1], device="cuda")
+    _, steered = ops.probe(x, W_enc, zero, b_dec, K, latents, torch.zeros(4, device="cuda"), "exact")
+    assert steered.tolist() == [[True, True, False, False]] * 8
+
+
+@pytest.mark.usefixtures("_any_tf32")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_probe_and_erase_agree_with_encode_topk(sae, dtype):
+    x, weights = block_output(2, dtype), near_ties(sae)
+    values, indices = ops.encode_topk(x.float(), *weights[:3], K, precision="exact")
+    entries = torch.arange(0, N, 13, device="cuda")
+    thresholds, factors = torch.full((2, len(entries)), 0.3, device="cuda").unbind()
+    activations, steered = ops.probe(x.float(), *weights[:3], K, entries, thresholds, precision="exact")
+    z = torch.zeros(*x.shape[:-1], N, device="cuda").scatter(-1, indices.long(), values)[..., entries]
+    assert same_bits(torch.where(steered, activations, 0), torch.where(z > 0.3, z, 0))
+    few = entries[:300], thresholds[:300], factors[:300]
+    z, hit = flat(z)[:, :300], flat(steered)[:, :300]
+    erased = flat(ops.erase(x, *weights, K, *few, precision="exact"))
+    assert same_bits(erased[~hit.any(1)], flat(x)[~hit.any(1)])
+    want = flat(x).double() + torch.where(hit, (0.3 - 1) * z, 0).double() @ weights[3][few[0]].double()
+    assert hit.any()
+    assert (erased.double() - want).abs().max() <= 2 * (want.to(dtype).double() - want).abs().max() + 2.0**-20
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_batch_splits_and_runs_agree_bit_for_bit(sae, dtype, mode):
+    x, weights = flat(block_output(8, dtype, "contiguous")), near_ties(sae)
+    arguments = (*weights, K, *lines(1, 100, 0.3), mode, False, "exact")
+    erased = ops.erase(x, *arguments)
+    for start, stop in ((0, 2048), (0, 1), (1, 65), (100, 612)):
+        assert same_bits(ops.erase(x[start:stop], *arguments), erased[start:stop])
+
+
+@pytest.mark.parametrize("precision", ["default", "exact"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_in_place_gives_the_same_bits(sae, layout, mode, precision):
+    x = block_output(2, torch.float16, layout)
+    x[1, 3, 5, 700] = torch.nan
+    arguments = (*sae, K, *lines(2, 20, 0.3), mode, False, precision)
+    want = ops.erase(x, *arguments)
+    assert ops.erase(x, *arguments, in_place=True) is x
+    assert same_bits(x, want)
+
+
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "contiguous"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("mode", "norm_scaled"), [(mode, norm) for mode in MODES for norm in (False, True)])
@@ -157,30 +263,36 @@ def captured(call: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
+@pytest.mark.parametrize("precision", ["default", "exact"])
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_captured_erase_follows_its_inputs(sae, mode):
+def test_a_captured_erase_follows_its_inputs(sae, mode, in_place, precision):
     """From no token flagged to all, and back, by what the tables say at replay."""
-    weights = cast(sae, torch.float16)
+    weights = cast(sae, torch.float16) if precision == "default" else sae
     x, (latents, thresholds, factors) = block_output(2, torch.float16), lines(2, 16, torch.inf)
-    graph, erased = captured(lambda: ops.erase(x, *weights, K, latents, thresholds, factors, mode))
+    arguments = (*weights, K, latents, thresholds, factors, mode, False, precision)
+    graph, erased = captured(lambda: ops.erase(x, *arguments, in_place=in_place))
     for seed, threshold in ((1, torch.inf), (2, 0.0), (3, 1.0), (4, torch.inf)):
         x.copy_(block_output(2, torch.float16, seed=seed))
         thresholds.fill_(threshold)
         latents.copy_(torch.randint(N - 16, (2, 1)) + torch.arange(16))
+        want = ops.erase(x, *arguments)
         graph.replay()
-        want = ops.erase(x, *weights, K, latents, thresholds, factors, mode)
         assert same_bits(erased, want)
+        assert not in_place or erased is x
 
 
-def test_ops_never_wait_for_the_device(sae):
-    x, weights, entries = block_output(2, torch.float16), cast(sae, torch.float16), lines(2, 16, 0.3)
+@pytest.mark.parametrize("precision", ["default", "exact"])
+def test_ops_never_wait_for_the_device(sae, precision):
+    x, entries = block_output(2, torch.float16), lines(2, 16, 0.3)
+    weights = cast(sae, torch.float16) if precision == "default" else sae
 
     def run() -> None:
-        values, indices = ops.encode_topk(x, *weights[:3], K)
+        values, indices = ops.encode_topk(x, *weights[:3], K, precision)
         ops.decode(values, indices, weights[3], weights[2])
-        ops.probe(x, *weights[:3], K, *entries[:2])
+        ops.probe(x, *weights[:3], K, *entries[:2], precision)
         for mode in MODES:
-            ops.erase(x, *weights, K, *entries, mode)
+            ops.erase(x, *weights, K, *entries, mode, precision=precision)
 
     run()
     torch.cuda.set_sync_debug_mode("error")
@@ -190,14 +302,17 @@ def test_ops_never_wait_for_the_device(sae):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_exact_holds_no_activations_of_all_latents(sae):
-    x, arguments = block_output(16, torch.float16), (*cast(sae, torch.float16), K, *lines(2, 16, 0.0))
+@pytest.mark.parametrize("precision", ["default", "exact"])
+def test_exact_mode_holds_no_activations_of_all_latents(sae, precision):
+    x, entries = block_output(16, torch.float16), lines(2, 16, 0.0)
+    weights = cast(sae, torch.float16) if precision == "default" else sae
+    arguments = (*weights, K, *entries, "exact", False, precision)
     ops.erase(x, *arguments)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     ops.erase(x, *arguments)
     tokens = x.numel() // D
-    assert torch.cuda.max_memory_allocated() - before < tokens * N / 4
+    assert torch.cuda.max_memory_allocated() - before < tokens * N / 2
 
 
 def test_long_offsets(sae):
@@ -209,7 +324,7 @@ def test_long_offsets(sae):
     entries = lines(1, 200, 0.3)
     tail = x[-200:].clone()
     want = ops.erase(tail, *weights, K, *entries)
-    assert same_bits(triton_backend.erase(x, *weights, K, *entries, "exact", False, in_place=True)[-200:], want)
+    assert same_bits(ops.erase(x, *weights, K, *entries, in_place=True)[-200:], want)
     assert (want != tail).any()
     x[-200:] = tail
     values, indices = ops.encode_topk(x, *weights[:3], K)

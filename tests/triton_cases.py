@@ -38,6 +38,12 @@ def doubled(*arguments: Any) -> list[Any]:
     return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
 
 
+def exact_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """The float32 activations [M, N] of which no sum is rounded on the way: what precision "exact" is held to."""
+    centred = (x.float() - b_dec.float()).double()
+    return (centred @ W_enc.double().T + b_enc.double()).float().relu()
+
+
 def lay_out(layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """Tokens [2, 3, 2, 6] (expanded ones [4, 6]) as UNets, and users, lay them out."""
     image = random_tokens(2, 6, 3, 2, dtype=dtype)

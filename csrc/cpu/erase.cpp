@@ -6,7 +6,7 @@
 namespace saemnesia_fast {
 namespace {
 
-// Edits `out`, a copy of x.
+// `out` is x or a copy of it.
 template <typename T>
 void erase_rows(const Rows& x, const Encoder<T>& encoder, const Matrix& W_dec, int64_t k, const Lines<T>& lines,
                 const std::vector<T>& factors, const Rows& out) {
@@ -42,10 +42,8 @@ void erase_rows(const Rows& x, const Encoder<T>& encoder, const Matrix& W_dec, i
 
 }  // namespace
 
-Tensor erase(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& b_dec, const Tensor& W_dec,
-             int64_t k, const Tensor& latents, const Tensor& thresholds, const Tensor& factors) {
-  Tensor out = torch::stable::empty_like(x);
-  torch::stable::copy_(out, x);
+void erase(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& b_dec, const Tensor& W_dec,
+           int64_t k, const Tensor& latents, const Tensor& thresholds, const Tensor& factors, Tensor& out) {
   if (is_double(x)) {
     erase_rows<double>(Rows(x), {W_enc, b_enc, b_dec}, Matrix(W_dec), k, {latents, thresholds},
                        numbers<double>(factors), Rows(out));
@@ -53,7 +51,6 @@ Tensor erase(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, const Te
     erase_rows<float>(Rows(x), {W_enc, b_enc, b_dec}, Matrix(W_dec), k, {latents, thresholds}, numbers<float>(factors),
                       Rows(out));
   }
-  return out;
 }
 
 }  // namespace saemnesia_fast

@@ -1,7 +1,7 @@
 // The inner loops, compiled once per instruction set. T is the type computed in: float, or double for float64 tokens.
 #pragma once
 
-#include "storage.h"
+#include "gradients.h"
 
 namespace saemnesia_fast {
 
@@ -40,6 +40,8 @@ struct Kernels {
   // maxima[g] = the largest of 0 and the kGroup numbers row[column(g, j)], for a multiple of lanes / 2 groups; false if
   // one of them is NaN or infinite.
   bool (*group_maxima)(T* maxima, const T* row, int64_t groups);
+
+  GradientKernels<T> gradients;
 
   // Groups lie interleaved.
   int64_t column(int64_t group, int64_t j) const {

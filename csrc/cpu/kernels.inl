@@ -142,7 +142,7 @@ inline Vector<T> read(const Element* elements) {
 template <int Vectors, typename T, typename Row>
 inline __attribute__((always_inline)) void sum_columns(T* sum, const T* weights, const void* const* rows, int64_t count,
                                                        int64_t begin, Row) {
-  constexpr int64_t kAhead = 8;
+  constexpr int64_t kAhead = 3;
   constexpr int64_t kBytes = Vectors * kWidth<T> * sizeof(*Row());
   Vector<T> acc[Vectors] = {};
   for (int64_t j = 0; j < count; ++j) {
@@ -151,7 +151,7 @@ inline __attribute__((always_inline)) void sum_columns(T* sum, const T* weights,
     for (int64_t byte = 0; byte < kBytes; byte += 64) {
       __builtin_prefetch(reinterpret_cast<const char*>(ahead) + byte);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 20
     for (int64_t v = 0; v < Vectors; ++v) {
       acc[v] += weights[j] * read<T>(row + v * kWidth<T>);
     }
@@ -162,11 +162,12 @@ inline __attribute__((always_inline)) void sum_columns(T* sum, const T* weights,
 template <typename T>
 void sum_rows(T* sum, const T* weights, const void* const* rows, int64_t count, Storage storage, int64_t d) {
   constexpr int64_t W = kWidth<T>;
+  constexpr int kMost = VECTOR_BYTES == 64 ? 20 : 10;
   with_elements(nullptr, storage, [&](auto elements) {
     using Row = decltype(elements);
     int64_t c = 0;
-    for (; c + 8 * W <= d; c += 8 * W) {
-      sum_columns<8>(sum, weights, rows, count, c, Row());
+    for (; c + kMost * W <= d; c += kMost * W) {
+      sum_columns<kMost>(sum, weights, rows, count, c, Row());
     }
     for (; c + 2 * W <= d; c += 2 * W) {
       sum_columns<2>(sum, weights, rows, count, c, Row());
@@ -200,9 +201,12 @@ bool group_maxima(T* maxima, const T* row, int64_t groups) {
   return finite;
 }
 
+#include "gradients.inl"
+
 template <typename T>
 constexpr Kernels<T> kKernels = {kLanes<T>,    TILE,        pack<T>,    check<T>,
-                                 load_rows<T>, multiply<T>, sum_rows<T>, group_maxima<T>};
+                                 load_rows<T>, multiply<T>, sum_rows<T>, group_maxima<T>,
+                                 kGradientKernels<T>};
 
 }  // namespace
 

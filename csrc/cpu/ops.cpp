@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(saemnesia_fast_cpu, m) {
   m.def("decode(Tensor values, Tensor indices, Tensor W_dec, Tensor b_dec) -> Tensor");
   m.def(
       "erase(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, Tensor W_dec, int k, Tensor latents, "
-      "Tensor thresholds, Tensor factors) -> Tensor");
+      "Tensor thresholds, Tensor factors, Tensor(a!) out) -> ()");
   m.def(
       "probe(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, int k, Tensor latents, Tensor thresholds) "
       "-> (Tensor, Tensor)");

@@ -17,10 +17,10 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& pre, int64_t k);
 
 Tensor decode(const Tensor& values, const Tensor& indices, const Tensor& W_dec, const Tensor& b_dec);
 
-// Mode "exact" without the scale of the token's norm. A token that is finite but whose pre-activations are not is made
-// NaN only if it has a candidate or numbers beyond 2^96.
-Tensor erase(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& b_dec, const Tensor& W_dec,
-             int64_t k, const Tensor& latents, const Tensor& thresholds, const Tensor& factors);
+// Edits `out`, which is x or a copy of it. Mode "exact" without the scale of the token's norm. A token that is finite but
+// whose pre-activations are not is made NaN only if it has a candidate or numbers beyond 2^96.
+void erase(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& b_dec, const Tensor& W_dec,
+           int64_t k, const Tensor& latents, const Tensor& thresholds, const Tensor& factors, Tensor& out);
 
 std::tuple<Tensor, Tensor> probe(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& b_dec,
                                  int64_t k, const Tensor& latents, const Tensor& thresholds);

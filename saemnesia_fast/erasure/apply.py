@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from saemnesia_fast.hookpoints import STREAMS, find_hook_point, get_time_proj, get_unet, normalize_hook_point
-from saemnesia_fast.ops.validation import check_mode
+from saemnesia_fast.ops.validation import check_mode, check_precision
 
+from .clock import Clock
 from .guard import guard_pipeline, guard_unet, tells_guidance
 from .handle import Erasure
-from .hooks import Clock, follow
 from .point import ErasurePoint
 from .report import Recorder
 from .selecting import Concepts, Selector, Strength, per_prompt
@@ -52,13 +52,15 @@ def apply_erasure(
     record: bool = False,
     max_latents: int | None = None,
     cfg: bool | None = None,
+    precision: str = "default",
 ) -> Erasure:
     """Erase concepts from all images of a pipeline, or outputs of a UNet, until the handle is removed (SPEC 3).
 
     Takes effect before or after torch.compile. Every call of the pipeline is checked to have been erased, and raises
     RuntimeError otherwise; a bare UNet is checked at its first call and at the first of each device, dtype and shape,
     unless the object handed in gets compiled later: then call `Erasure.verify`. An earlier erasure at the same hook
-    point is replaced; one at another hook point stays.
+    point is replaced; one at another hook point stays. The backend is the one that `use_backend` names now; compiled
+    graphs ask for it again in every call.
 
     Args:
         pipe: a diffusers pipeline with a UNet, or the UNet, compiled or not.
@@ -77,6 +79,7 @@ def apply_erasure(
             rounded up to a power of two, at least 8.
         cfg: whether batches hold an unconditional and a conditional half. Pipelines say so themselves; a bare UNet
             needs it with halves="cond" or a list for each prompt.
+        precision: "default" or "exact", see `saemnesia_fast.ops`.
 
     Raises:
         ValueError: an unknown concept or hook point, a table of another SAE, a width d that differs, an option out of
@@ -84,6 +87,7 @@ def apply_erasure(
         TypeError: `pipe` has no UNet, or `concepts` mixes names and lists.
     """
     check_mode(mode)
+    check_precision(precision)
     for name, value, known in (("halves", halves, HALVES), ("stream", stream, STREAMS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
@@ -128,15 +132,16 @@ def apply_erasure(
             residual=stream == "residual",
             conditional_only=halves == "cond",
             norm_scaled=scale == "norm",
+            precision=precision,
             window=window,
             recorder=Recorder() if record else None,
         )
     device = next(unet.parameters()).device
     if device.type != "meta":  # offloaded weights: the hooks follow the activations
-        follow(clock, device)
+        clock.follow(device)
         for point in points.values():
-            follow(point, device)
-    erasure = Erasure(points, clock, selector, concepts, strength, cfg)
+            point.follow(device)
+    erasure = Erasure(unet, points, clock, selector, concepts, strength, cfg)
     guard = guard_pipeline if is_pipeline else guard_unet
     erasure.attach(get_time_proj(unet), blocks, partial(guard, pipe))
     logger.debug("erasure applied:\n%s", erasure.explain())
@@ -173,7 +178,11 @@ def _check_fit(name: str, block: nn.Module, sae: TopKSAE, table: ConceptTable, s
 
 
 def _window(pipe: Any, start: float, stop: float) -> tuple[float, float]:
-    """First and last timestep inside: a fraction f of the denoising is at timestep (1 - f) * num_train_timesteps."""
+    """First and last timestep inside: a fraction f of the denoising is at timestep (1 - f) * num_train_timesteps.
+
+    Rounded, as 1 - 0.7 is a little more than 0.3.
+    """
     scheduler = getattr(pipe, "scheduler", None)
     steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", NUM_TRAIN_TIMESTEPS)
-    return (math.inf if start == 0 else (1 - start) * steps, -math.inf if stop == 1 else (1 - stop) * steps)
+    first, last = (round((1 - fraction) * steps, 3) for fraction in (start, stop))
+    return (math.inf if start == 0 else first, -math.inf if stop == 1 else last)

@@ -9,11 +9,10 @@ from itertools import count as counting
 from types import TracebackType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from saemnesia_fast import ops
-
-from .hooks import Attachment, Clock, ClockHook, EraseHook, erase_hooks, follow
+from .clock import Clock, Counter
+from .hooks import Attachment, ClockHook, EraseHook, erase_hooks
 from .point import ErasurePoint
 from .report import ConceptReport
 from .selecting import Concepts, Selector, Strength
@@ -30,6 +29,7 @@ class Erasure:
 
     def __init__(
         self,
+        unet: nn.Module,
         points: Mapping[str, ErasurePoint],
         clock: Clock,
         selector: Selector,
@@ -39,6 +39,7 @@ class Erasure:
     ) -> None:
         self.concepts = concepts
         self.strength = strength
+        self._unet = unet
         self._points = dict(points)
         self._clock = clock
         self._selector = selector
@@ -104,6 +105,17 @@ class Erasure:
             for name, enabled in before.items():
                 self._points[name].tables.enable(enabled)
 
+    def warmup(self) -> None:
+        """Do now what the first image would wait for: load what is to be loaded, compile what is to be compiled.
+
+        Runs every edit on zeros of the UNet's dtype and memory format, with timesteps of the dtypes that schedulers
+        use. What is reported and verified does not change. Call it again after the pipeline has moved.
+        """
+        self._check_in_effect()
+        weight = next(parameter for parameter in self._unet.parameters() if parameter.dim() == 4)
+        for name in self._attachments:
+            self._points[name].warmup(weight)
+
     def remove(self) -> None:
         """Take everything off again, leaving the pipeline as it was (SPEC 7.4). A second call does nothing."""
         for attachment in self._attachments.values():
@@ -136,11 +148,11 @@ class Erasure:
         """Start of a pipeline call: follow it to its device, count from zero, report anew."""
         self.verify_attached()
         if device is not None:
-            follow(self._clock, torch.device(device))
+            self._clock.follow(torch.device(device))
             for point in self._points.values():
-                follow(point, torch.device(device))
+                point.follow(torch.device(device))
         for counter in self._counters():
-            counter.zero_()
+            counter.reset()
         self._clear_records()
 
     def set_guidance(self, on: bool | None) -> None:
@@ -156,9 +168,7 @@ class Erasure:
         self.verify_attached()
         if not self._attachments:
             return
-        calls, *runs = (int(counter) for counter in self._counters())
-        for counter in self._counters():
-            counter.zero_()
+        calls, *runs = (counter.take() for counter in self._counters())
         if calls == 0:
             raise RuntimeError(
                 "the erasure did not run: the UNet that it was applied to was not called. Was the pipeline's UNet "
@@ -199,7 +209,6 @@ class Erasure:
         lines = [self._selector.explain()]
         if not self._attachments:
             lines.append("not in effect: removed, or replaced by another erasure")
-        device = next(iter(self._points.values())).counter.device
         for name, point in self._points.items():
             if name in self._attachments:
                 tables = point.tables
@@ -208,13 +217,12 @@ class Erasure:
                     f"{name}: {', '.join(tables.concepts) or 'nothing'}; {int(used.min())} to {int(used.max())} "
                     f"latents a step, room for {tables.capacity}; {len(tables.timesteps)} stored timesteps"
                 )
-        recorded = ("probe",) if next(iter(self._points.values())).recorder is not None else ()
-        needed = ("erase", "steering_lines", *recorded)
-        lines += [f"{op} on {device}: {name} ({why})" for op, name, why in ops.backend_report(device) if op in needed]
+        point = next(iter(self._points.values()))
+        lines += [f"{op} on {point.device}: {name} ({why})" for op, name, why in point.backends]
         return "\n".join(lines)
 
-    def _counters(self) -> list[Tensor]:
-        return [self._clock.counter, *(point.counter for point in self._points.values())]
+    def _counters(self) -> list[Counter]:
+        return [self._clock.calls, *(point.runs for point in self._points.values())]
 
     def _clear_records(self) -> None:
         for point in self._points.values():

@@ -6,32 +6,14 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from torch import Tensor, nn
+from torch import nn
 
 from saemnesia_fast.hookpoints import block_input, block_output
 
 if TYPE_CHECKING:
+    from .clock import Clock
     from .point import ErasurePoint
-
-
-class Clock(nn.Module):
-    """The timesteps of the UNet call in progress, and how many calls there were."""
-
-    counter: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
-        self.timesteps: Tensor | None = None
-
-
-def follow(module: Clock | ErasurePoint, device: torch.device) -> None:
-    """Move buffers to `device`, to be used in and out of inference mode; a compiled graph must find them there."""
-    if not torch.compiler.is_compiling() and module.counter.device != device:
-        with torch.inference_mode(False):
-            module.to(device)
 
 
 class ClockHook(ModelHook):
@@ -42,9 +24,7 @@ class ClockHook(ModelHook):
         self.clock = clock
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        follow(self.clock, args[0].device)
-        self.clock.timesteps = args[0]
-        self.clock.counter.add_(1)
+        self.clock.tick(args[0])
         return args, kwargs
 
 
@@ -55,18 +35,18 @@ class EraseHook(ModelHook):
         super().__init__()
         self.point = point
         self.release = release
-        self.block_input: Tensor | None = None
+        self.given: Any = None
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.point.residual:
-            self.block_input = block_input(args, kwargs)
+        self.given = block_input(args, kwargs)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
+        given, self.given = self.given, None
         activation = block_output(output)
-        follow(self.point, activation.device)
-        erased = self.point(activation, self.block_input)
-        self.block_input = None
+        erased = self.point.erase(activation, given)
+        if erased is activation:
+            return output
         return (erased, *output[1:]) if isinstance(output, tuple) else type(output)(sample=erased)
 
 

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from saemnesia_fast import ops
-from saemnesia_fast.ops.registration import call
+from saemnesia_fast.ops import backend
+from saemnesia_fast.ops.registration import only_numbers
 from saemnesia_fast.sae import unit_norm_statistics
 
+from .clock import Counter
 from .report import Recorder
 from .tables import SteeringTables
 
 if TYPE_CHECKING:
     from saemnesia_fast.sae import TopKSAE
 
-    from .hooks import Clock
+    from .clock import Clock
 
 
-class ErasurePoint(nn.Module):
-    """One hook point of an erasure. It is no child of the UNet, so the UNet's `state_dict` does not see it."""
+class Weights(nn.Module):
+    """The SAE's, shared with it as long as the device is."""
 
     W_enc: Tensor
     b_enc: Tensor
     b_dec: Tensor
     W_dec: Tensor
-    counter: Tensor
+
+    def __init__(self, sae: TopKSAE) -> None:
+        super().__init__()
+        for name in ("W_enc", "b_enc", "b_dec", "W_dec"):
+            self.register_buffer(name, getattr(sae, name).detach())
+
+    def in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.W_enc, self.b_enc, self.b_dec, self.W_dec
+
+
+class ErasurePoint:
+    """One hook point of an erasure."""
 
     def __init__(
         self,
@@ -40,80 +53,116 @@ class ErasurePoint(nn.Module):
         residual: bool,
         conditional_only: bool,
         norm_scaled: bool,
+        precision: str,
         window: tuple[float, float],
         recorder: Recorder | None,
     ) -> None:
-        super().__init__()
-        for parameter in ("W_enc", "b_enc", "b_dec", "W_dec"):
-            self.register_buffer(parameter, getattr(sae, parameter).detach())
-        self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
         self.name = name
+        self.weights = Weights(sae)
+        self.d = sae.d
         self.k = sae.k
         self.unit_norm = sae.cfg.input_unit_norm
         self.tables = tables
         self.clock = clock
+        self.runs = Counter()
         self.mode = mode
         self.residual = residual
         self.conditional_only = conditional_only
         self.norm_scaled = norm_scaled
+        self.precision = precision
         self.window = window
         self.recorder = recorder
         self.cfg: bool | None = None
+        self.device: torch.device | None = None
+        self.backends: list[backend.Choice] = []
 
-    def forward(self, output: Tensor, block_input: Tensor | None) -> Tensor:
-        """The block's erased output [B, C, H, W], in the dtype and memory format of `output`.
+    def follow(self, device: torch.device) -> None:
+        """Be on `device`, to be used in and out of inference mode, and decide who computes there."""
+        if self.device == device:
+            return
+        with torch.inference_mode(False):
+            self.weights.to(device)
+            self.runs.to(device)
+            self.tables.settle(device)
+        self._weights = self.weights.in_order()
+        self._erase = backend.select("erase", device)
+        needed = ("erase", "steering_lines", *(("probe",) if self.recorder is not None else ()))
+        self.backends = [choice for choice in ops.backend_report(device) if choice.op in needed]
+        self.device = device
+
+    @torch.no_grad()
+    def warmup(self, weight: Tensor) -> None:
+        """Erase zeros as a UNet with such a convolution's weight would bring them here."""
+        images = 2 * self.tables.num_prompts
+        side = 16  # like every usual size a multiple of 16 tokens, by which kernels are specialised
+        zeros = weight.new_zeros(images, self.d, side, side).contiguous(memory_format=_memory_format(weight))
+        self.follow(zeros.device)
+        before = self.clock.timesteps, self.cfg, self.recorder, self.runs
+        self.cfg, self.recorder, self.runs = True, before[2] and Recorder(), Counter().to(zeros.device)
+        try:
+            for dtype in (torch.int64, torch.float32):
+                self.clock.timesteps = torch.zeros(1, dtype=dtype, device=zeros.device).expand(images)
+                self.erase(zeros, torch.zeros_like(zeros))
+        finally:
+            self.clock.timesteps, self.cfg, self.recorder, self.runs = before
+
+    def erase(self, output: Tensor, block_input: Tensor) -> Tensor:
+        """The block's erased output [B, C, H, W], in the dtype and memory format of `output`, or `output` itself.
 
         Raises:
             RuntimeError: the timestep, or a number of guidance halves that matters, is unknown.
             ValueError: C is not the SAE's d, or the prompts do not divide B.
         """
-        if self.clock.timesteps is None:
+        tracing = torch.compiler.is_compiling()
+        if not tracing:
+            self.follow(output.device)
+        timesteps = self.clock.timesteps
+        if timesteps is None:
             raise RuntimeError(f"{self.name}: the block ran outside a UNet call, so its timestep is unknown")
-        if output.shape[1] != self.b_dec.shape[0]:
+        if output.shape[1] != self.d:
             raise ValueError(
-                f"activation at {self.name}: expected [B, C={self.b_dec.shape[0]}, H, W] to match the SAE's d, "
+                f"activation at {self.name}: expected [B, C={self.d}, H, W] to match the SAE's d, "
                 f"got {list(output.shape)}"
             )
         num_halves = None if self.cfg is None else 1 + int(self.cfg)
-        lines = self.tables.lookup(
-            self.clock.timesteps, output.shape[0], num_halves, self.conditional_only, self.window
-        )
-        self.counter.add_(1)
-        if block_input is None:
-            tokens = output.permute(0, 2, 3, 1)
-            erased = self._edit(tokens, lines)
-        else:
+        lines = self.tables.lookup(timesteps, output.shape[0], num_halves, self.conditional_only, self.window)
+        self.runs.add(output, tracing)
+        tokens = output.permute(0, 2, 3, 1)
+        if not tracing and self._may_write_over(output, block_input):
+            self._erase(tokens, *self._arguments(self._weights, lines), in_place=True)
+            return output
+        if self.residual:
             # In float32, the difference of erased and given tokens does not lose what a half-precision output holds.
             dtype = torch.promote_types(output.dtype, torch.float32)
             base = block_input.permute(0, 2, 3, 1).to(dtype)
-            whole = output.permute(0, 2, 3, 1)
-            tokens = whole.to(dtype) - base
+            whole, tokens = tokens, tokens.to(dtype) - base
             edited = self._edit(tokens, lines)
             moved = whole.to(dtype) + (edited - tokens) if self.mode == "exact" else base + edited
             erased = torch.where(edited == tokens, whole, moved.to(output.dtype))
+        else:
+            erased = self._edit(tokens, lines)
         if self.recorder is not None:
             self._record(self.recorder, tokens, lines, num_halves)
         return erased.permute(0, 3, 1, 2).contiguous(memory_format=_memory_format(output))
+
+    def _may_write_over(self, output: Tensor, block_input: Tensor) -> bool:
+        """Whether the erased tokens may take the place of the block's own: it made them, and nobody else needs them."""
+        plain = self.mode == "exact" and not self.residual and not self.unit_norm and self.recorder is None
+        return plain and only_numbers(output) and output.data_ptr() != block_input.data_ptr()
+
+    def _arguments(self, weights: tuple[Tensor, ...], lines: ops.SteeringLines) -> tuple[Any, ...]:
+        entries = (lines.latents, lines.thresholds, lines.factors)
+        return (*weights, self.k, *entries, self.mode, self.norm_scaled, self.precision)
 
     def _edit(self, tokens: Tensor, lines: ops.SteeringLines) -> Tensor:
         given = tokens
         if self.unit_norm:
             mean, std = unit_norm_statistics(tokens)
             given = (tokens - mean) / std
-        edited = call(
-            "erase",
-            given,
-            self.W_enc,
-            self.b_enc,
-            self.b_dec,
-            self.W_dec,
-            self.k,
-            lines.latents,
-            lines.thresholds,
-            lines.factors,
-            self.mode,
-            self.norm_scaled,
-        )
+        if only_numbers(given):
+            edited = self._erase(given, *self._arguments(self._weights, lines))
+        else:
+            edited = torch.ops.saemnesia_fast.erase(given, *self._arguments(self.weights.in_order(), lines))
         if self.unit_norm:
             mapped = tokens + (edited - given) * std if self.mode == "exact" else edited * std + mean
             edited = torch.where(edited == given, tokens, mapped.to(tokens.dtype))
@@ -128,9 +177,8 @@ class ErasurePoint(nn.Module):
         if self.unit_norm:
             mean, std = unit_norm_statistics(tokens)
             tokens = (tokens - mean) / std
-        activations, steered = ops.probe(
-            tokens, self.W_enc, self.b_enc, self.b_dec, self.k, lines.latents, lines.thresholds
-        )
+        weights = self._weights[:3]
+        activations, steered = ops.probe(tokens, *weights, self.k, lines.latents, lines.thresholds, self.precision)
         rows = slice(len(tokens) // 2 if num_halves == 2 else 0, None)
         recorder.add(
             activations[rows],

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from saemnesia_fast import ops
+from saemnesia_fast.ops import backend
+from saemnesia_fast.ops.registration import only_numbers
 
 if TYPE_CHECKING:
     from saemnesia_fast.concepts import Selection
@@ -49,6 +51,35 @@ class SteeringTables(nn.Module):
         self.occupied = [False] * len(selections)
         self.concepts: tuple[str, ...] = ()
         self.write(selections)
+
+    def settle(self, device: torch.device) -> None:
+        """Be on `device`, and decide who looks up lines there."""
+        self.to(device)
+        self._held = self._in_order()
+        self._look_up = backend.select("steering_lines", device)
+        self._lines: dict[tuple[float, bool], ops.SteeringLines] = {}
+        # A look at the data is free there; elsewhere the host would wait.
+        self._on_host = device.type == "cpu"
+
+    @torch.inference_mode(False)
+    def _new_line(self, time: float, active: bool) -> ops.SteeringLines:
+        step = int((self.timesteps - time).abs().argmin())
+        thresholds = self.thresholds[step] if active else torch.full_like(self.thresholds[step], math.inf)
+        return ops.SteeringLines(
+            self.latents[step], thresholds, self.factors[step], self.owners[step], torch.tensor([active])
+        )
+
+    def _known_line(self, time: float, window: tuple[float, float]) -> ops.SteeringLines:
+        """The only prompt's line at a timestep: parts of the tables themselves, put together once."""
+        first, last = window
+        active = self.enabled and self.occupied[0] and first >= time >= last
+        if (time, active) not in self._lines:
+            self._lines[time, active] = self._new_line(time, active)
+        return self._lines[time, active]
+
+    def _in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As `steering_lines` takes them."""
+        return self.timesteps, self.latents, self.thresholds, self.factors, self.owners, self.switches
 
     @property
     def capacity(self) -> int:
@@ -112,7 +143,7 @@ class SteeringTables(nn.Module):
         conditional_only: bool,
         window: tuple[float, float],
     ) -> ops.SteeringLines:
-        """Lines of a UNet call, found on the device: nothing here waits for it or branches on its values.
+        """Lines of a UNet call, found on the device; nothing waits for a GPU or branches on its values.
 
         Args:
             timesteps: [images], as the UNet expanded them. A stride of 0 says that all images share one.
@@ -125,8 +156,7 @@ class SteeringTables(nn.Module):
             RuntimeError: it matters how many halves there are, but is unknown.
             ValueError: the prompts do not divide the rows.
         """
-        prompts = self.num_prompts
-        shared = timesteps.shape[0] == 1 or timesteps.stride(0) == 0
+        prompts = len(self.occupied)
         uniform = prompts == 1 and not conditional_only
         if num_halves is None and not uniform:
             raise RuntimeError(
@@ -139,20 +169,16 @@ class SteeringTables(nn.Module):
                 f"concepts: expected the UNet's batch to be a multiple of {num_halves} halves x {prompts} prompts, "
                 f"got {images} rows"
             )
+        direct = only_numbers(timesteps)
+        if uniform and direct and self._on_host:
+            times = timesteps.tolist()
+            if times.count(times[0]) == len(times):
+                return self._known_line(times[0], window)
+        shared = timesteps.shape[0] == 1 or timesteps.stride(0) == 0
         if shared:
             timesteps = timesteps[:1]
-        first, last = window
-        return ops.steering_lines(
-            timesteps,
-            self.timesteps,
-            self.latents,
-            self.thresholds,
-            self.factors,
-            self.owners,
-            self.switches,
-            num_lines=blocks if shared else images,
-            num_blocks=blocks,
-            first_block=prompts if conditional_only and num_halves == 2 else 0,
-            earliest=first,
-            latest=last,
-        )
+        lines = blocks if shared else images
+        first_block = prompts if conditional_only and num_halves == 2 else 0
+        if direct:
+            return ops.SteeringLines(*self._look_up(timesteps, *self._held, lines, blocks, first_block, *window))
+        return ops.steering_lines(timesteps, *self._in_order(), lines, blocks, first_block, *window)

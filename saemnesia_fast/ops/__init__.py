@@ -4,9 +4,13 @@ Symbols: x [..., d] tokens, M of them in all; W_enc, W_dec [N, d]; b_enc [N]; b_
 Every op computes in float64 for float64 tokens and in float32 for all others, and returns the dtype of its tokens.
 Wrong shapes are a ValueError, wrong types a TypeError, naming the argument (SPEC 7.1). NaN or infinity in a token makes
 that token NaN and touches no other. On the CPU the eager results do not depend on how tokens are split into batches.
+
+`precision` (SPEC 1.6): "exact" gives the float32 answer, up to float32's order of summation; "default" too, unless
+torch is set to round float32 products (`torch.set_float32_matmul_precision`). Which is faster depends on the backend.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,10 +19,14 @@ from torch import Tensor
 from . import registration as _registration
 from . import validation as _check
 from .backend import backend_report, current_backend, use_backend
+from .reference import LatentGradients, PairTerms
 
 __all__ = [
+    "LatentGradients",
+    "PairTerms",
     "SparseLatents",
     "SteeringLines",
+    "adam_rows",
     "backend_report",
     "current_backend",
     "decode",
@@ -55,7 +63,9 @@ class SparseLatents(NamedTuple):
     """[..., k] int32, ascending where values are equal."""
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> SparseLatents:
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, precision: str = "default"
+) -> SparseLatents:
     """`z = TopK(relu((x - b_dec) @ W_enc.T + b_enc), k)` per token (SPEC 1.1, 1.2).
 
     The k largest values, equal ones going to the lowest index, selected in the compute dtype before any rounding.
@@ -63,7 +73,8 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) 
     indices in range.
     """
     _check.check_encoder(x, W_enc, b_enc, b_dec, k)
-    return SparseLatents(*torch.ops.saemnesia_fast.encode_topk(x, W_enc, b_enc, b_dec, k))
+    _check.check_precision(precision)
+    return SparseLatents(*torch.ops.saemnesia_fast.encode_topk(x, W_enc, b_enc, b_dec, k, precision))
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -92,6 +103,8 @@ def erase(
     factors: Tensor,
     mode: str = "exact",
     norm_scaled: bool = False,
+    precision: str = "default",
+    in_place: bool = False,
 ) -> Tensor:
     """Steer selected latents of each token, z_i <- factor_i * z_i, and return x' with x's shape, dtype and strides.
 
@@ -103,21 +116,36 @@ def erase(
     latents (integer), thresholds, factors (floating): [S] for all tokens, or [G, S] for G equal consecutive groups of
     the tokens in row-major order. A line names a latent once; an entry with threshold +inf is padding. The order of
     entries does not matter. Differentiable in x, weights and factors; which latents are steered is a constant.
+
+    `in_place` writes x' over x and returns it: with mode "exact" most tokens are then not even copied. ValueError if a
+    gradient is wanted of x, or if elements of x share memory.
     """
     d, num_latents = _check.check_encoder(x, W_enc, b_enc, b_dec, k)
     _check.check_tensor("W_dec", W_dec, like=x)
     _check.check_shape("W_dec", W_dec, "N, d", (num_latents, d), f"W_enc [N={num_latents}, d] and x [*, d={d}]")
     _check.check_lines(x, latents, thresholds=thresholds, factors=factors)
     _check.check_mode(mode)
+    _check.check_precision(precision)
     if latents.dim() == 1:
         latents, thresholds, factors = latents[None], thresholds[None], factors[None]
-    return torch.ops.saemnesia_fast.erase(
-        x, W_enc, b_enc, b_dec, W_dec, k, latents, thresholds, factors, mode, norm_scaled
-    )
+    arguments = (W_enc, b_enc, b_dec, W_dec, k, latents, thresholds, factors, mode, norm_scaled, precision)
+    if not in_place:
+        return torch.ops.saemnesia_fast.erase(x, *arguments)
+    _check.check_in_place(x)
+    if not torch.compiler.is_compiling():
+        _check.check_range("latents", latents, num_latents)
+    return _registration.erase_in_place(x, *arguments)
 
 
 def probe(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, latents: Tensor, thresholds: Tensor
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    latents: Tensor,
+    thresholds: Tensor,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor]:
     """What `erase` sees of the selected latents, entry by entry (SPEC 3.1).
 
@@ -127,9 +155,10 @@ def probe(
     """
     _check.check_encoder(x, W_enc, b_enc, b_dec, k)
     _check.check_lines(x, latents, thresholds=thresholds)
+    _check.check_precision(precision)
     if latents.dim() == 1:
         latents, thresholds = latents[None], thresholds[None]
-    return torch.ops.saemnesia_fast.probe(x, W_enc, b_enc, b_dec, k, latents, thresholds)
+    return torch.ops.saemnesia_fast.probe(x, W_enc, b_enc, b_dec, k, latents, thresholds, precision)
 
 
 def steering_lines(
@@ -183,23 +212,22 @@ def latent_gradients(
     b_dec: Tensor,
     W_enc: Tensor | None = None,
     extra_d_value: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    more: Sequence[PairTerms] = (),
+    out: LatentGradients | None = None,
+) -> LatentGradients:
     """Gradients (dW_enc [N, d], db_enc [N], dW_dec [N, d], db_dec [d]) for g = grad_x_hat [..., d] (SPEC 4.3).
 
     With `d_value = <g, W_dec[i]> * [value > 0] + extra_d_value` and sums over the (token, latent) pairs of latent i:
     `dW_dec[i] = sum value * g`, `dW_enc[i] = sum d_value * (x - b_dec)`, `db_enc[i] = sum d_value`,
     `db_dec = sum g - W_enc.T @ db_enc`; without W_enc only `sum g`. values, indices and extra_d_value (zero where
-    nothing should flow): [..., k]. Sums run in a fixed order. Returned in the compute dtype, ready to accumulate.
+    nothing should flow): [..., k]. Sums run in a fixed order, the same in every run. Returned in the compute dtype.
+
+    `more` are further pairs of the same tokens, with a g of their own (AuxK, multi-TopK) or but an extra term (a value
+    of 0, as of supervised terms). `out` are gradients to add to, over micro-batches: contiguous, in the compute dtype.
     """
-    _check.check_latents(values, indices)
     d = _check.check_tokens("x", x)
-    _check.check_tensor("grad_x_hat", grad_x_hat, like=x)
-    if grad_x_hat.shape != x.shape:
-        raise ValueError(f"grad_x_hat: expected [..., d] = {list(x.shape)} to match x, got {list(grad_x_hat.shape)}")
-    if values.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"values: expected [..., k] = [{', '.join(map(str, x.shape[:-1]))}, k] to match x, got {list(values.shape)}"
-        )
+    terms = (PairTerms(values, indices, grad_x_hat, extra_d_value), *more)
+    _check.check_pairs(terms, x)
     _check.check_tensor("W_dec", W_dec, like=x)
     _check.check_shape("W_dec", W_dec, "N, d", (None, d), f"x [*, d={d}]")
     _check.check_tensor("b_dec", b_dec, like=x)
@@ -207,11 +235,49 @@ def latent_gradients(
     if W_enc is not None:
         _check.check_tensor("W_enc", W_enc, like=x)
         _check.check_shape("W_enc", W_enc, "N, d", tuple(W_dec.shape), f"W_dec [N={W_dec.shape[0]}, d={d}]")
-    if extra_d_value is not None:
-        _check.check_tensor("extra_d_value", extra_d_value, like=x)
-        if extra_d_value.shape != values.shape:
-            raise ValueError(
-                f"extra_d_value: expected [..., k] = {list(values.shape)} to match values, "
-                f"got {list(extra_d_value.shape)}"
-            )
-    return torch.ops.saemnesia_fast.latent_gradients(values, indices, grad_x_hat, x, W_dec, b_dec, W_enc, extra_d_value)
+    arguments = (x, W_dec, b_dec, W_enc)
+    if out is not None:
+        _check.check_gradients(out, x, W_dec)
+        return _registration.add_latent_gradients(terms, *arguments, out)
+    columns = (list(column) for column in zip(*terms, strict=True))
+    return LatentGradients(*torch.ops.saemnesia_fast.latent_gradients(*columns, *arguments))
+
+
+@torch.no_grad()
+def adam_rows(
+    W: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 6.25e-10,
+    scale: Tensor | None = None,
+    shadow: Tensor | None = None,
+    remove_parallel: bool = False,
+    unit_norm: bool = False,
+) -> None:
+    """One step of Adam on the rows of W [N, d] (or on a bias [N]), in place and in one pass (SPEC 4.1).
+
+    `g = scale * grad`, less its part along the row if `remove_parallel`; `m += (1 - beta1) (g - m)`,
+    `v = beta2 v + (1 - beta2) g^2`, `W -= lr m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)`; rows at unit
+    length if `unit_norm`. A row of zeros has no direction and stays.
+
+    W, grad: float32 or float64. exp_avg, exp_avg_sq (m, v): W's dtype, or bfloat16, rounded up or down at random by
+    bits fixed by step and element, so that small changes add up. step counts from 1. scale: 0-d, such as that which
+    clips the gradient's norm. shadow: W's shape in float16 or bfloat16, set to the new W. All contiguous.
+    """
+    _check.check_adam(W, grad, exp_avg, exp_avg_sq, step, scale, shadow, remove_parallel or unit_norm)
+    rows = W.shape if W.dim() == 2 else (-1, math.gcd(W.numel(), 1024) or 1)
+    torch.ops.saemnesia_fast.adam_rows(
+        *(tensor.view(rows) for tensor in (W, grad, exp_avg, exp_avg_sq)),
+        None if scale is None else scale.to(W.dtype),
+        None if shadow is None else shadow.view(rows),
+        step,
+        lr,
+        *betas,
+        eps,
+        remove_parallel,
+        unit_norm,
+    )

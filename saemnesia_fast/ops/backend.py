@@ -11,7 +11,18 @@ import torch
 logger = logging.getLogger("saemnesia_fast")
 
 BACKENDS = ("cuda", "triton", "cpu", "eager")
-OPS = ("encode_topk", "decode", "erase", "probe", "steering_lines", "latent_gradients")
+OPS = (
+    "encode_topk",
+    "decode",
+    "erase",
+    "probe",
+    "steering_lines",
+    "latent_gradients",
+    "encoder_gradients",
+    "decoder_gradient",
+    "gather_dot",
+    "adam_rows",
+)
 
 
 class Refusal(NamedTuple):

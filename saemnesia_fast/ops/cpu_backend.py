@@ -1,7 +1,8 @@
 """The `cpu` backend: C++ in torch's threads (csrc/cpu), loaded at the first question for it.
 
 Its results depend neither on the number of threads nor on how tokens are split into batches. It computes float64
-tokens in float64 and all others in float32, summing in another order than the eager reference.
+tokens in float64 and all others in float32, summing in another order than the eager reference: `precision` changes
+nothing.
 """
 
 from functools import cache, partial
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backend, eager_backend, reference
+from .gradients import GradientSlots
 
 _ops = torch.ops.saemnesia_fast_cpu
 
@@ -45,7 +47,9 @@ def _refuse(device: torch.device) -> backend.Refusal | None:
     return found if isinstance(found, backend.Refusal) else None
 
 
-def _encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, precision: str = "exact"
+) -> tuple[Tensor, Tensor]:
     return _ops.encode_topk(x, W_enc, b_enc, b_dec, k)
 
 
@@ -53,23 +57,25 @@ def _decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Te
     return _ops.decode(values, indices, W_dec, b_dec)
 
 
-def _erase(x: Tensor, *arguments: Any) -> Tensor:
-    *tensors, mode, norm_scaled = arguments
-    if mode == "exact" and not norm_scaled:
-        return _ops.erase(x, *tensors)
-    return eager_backend.erase(x, *arguments, definition=partial(reference.erase, encode=_encode_topk, decode=_decode))
+def _erase(x: Tensor, *arguments: Any, in_place: bool = False) -> Tensor:
+    *tensors, mode, norm_scaled, _ = arguments
+    if mode != "exact" or norm_scaled:
+        definition = partial(reference.erase, encode=_encode_topk, decode=_decode)
+        return eager_backend.erase(x, *arguments, in_place=in_place, definition=definition, tokens_at_once=None)
+    out = x if in_place else x.clone()
+    _ops.erase(x, *tensors, out)
+    return out
 
 
 def _probe(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, latents: Tensor, thresholds: Tensor
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, latents: Tensor, thresholds: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
     return _ops.probe(x, W_enc, b_enc, b_dec, k, latents, thresholds)
 
 
 def register() -> None:
-    """Fill the slots; nothing is loaded yet. Looking up a table is as fast in PyTorch."""
-    backend.register("encode_topk", "cpu", _encode_topk, _refuse)
-    backend.register("decode", "cpu", _decode, _refuse)
-    backend.register("erase", "cpu", _erase, _refuse)
-    backend.register("probe", "cpu", _probe, _refuse)
+    """Fill the slots; nothing is loaded yet."""
+    for op in (_encode_topk, _decode, _erase, _probe):
+        backend.register(op.__name__.removeprefix("_"), "cpu", op, _refuse)
     backend.register("steering_lines", "cpu", reference.steering_lines, _refuse)
+    GradientSlots(_ops, widens=True).register("cpu", _refuse)

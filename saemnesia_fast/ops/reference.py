@@ -4,13 +4,47 @@ All functions take tokens flattened to x [M, d] (`latent_gradients` and `decode`
 `compute_dtype(x)`. Formulas cite SPEC.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ROWS_PER_GEMM = 128
+
+
+class PairTerms(NamedTuple):
+    """Some (token, latent) pairs, k of each token, through which a loss depends on the parameters (SPEC 4.3)."""
+
+    values: Tensor
+    """[..., k]: z of each pair; 0 where it has but the extra term."""
+    indices: Tensor
+    """[..., k] int32 or int64."""
+    grad_x_hat: Tensor
+    """[..., d]: d loss / d sum_j values_j * W_dec[indices_j]; unread for a pair whose value is 0."""
+    extra_d_value: Tensor | None = None
+    """[..., k]: what else d loss / d z has."""
+    adds_b_dec: bool = True
+    """Whether b_dec was added to that sum, as in x_hat and multi-TopK; not so in AuxK."""
+
+
+class LatentGradients(NamedTuple):
+    """Gradients of the four parameters, in the compute dtype."""
+
+    dW_enc: Tensor
+    """[N, d]."""
+    db_enc: Tensor
+    """[N]."""
+    dW_dec: Tensor
+    """[N, d]."""
+    db_dec: Tensor
+    """[d]."""
+
+    @staticmethod
+    def shapes(W_dec: Tensor) -> tuple[torch.Size, ...]:
+        """The four shapes."""
+        return W_dec.shape, W_dec.shape[:1], W_dec.shape, W_dec.shape[1:]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -190,11 +224,12 @@ def sum_by_latent(weights: Tensor, indices: Tensor, rows: Tensor, num_latents: i
     """`out[i] = sum over pairs (m, j) with indices[m, j] = i of weights[m, j] * rows[m]`, m ascending: [N, d].
 
     A stable sort brings the pairs of a latent together: the order of summation is fixed, without atomics (SPEC 4.3).
+    A pair of weight 0 is left out, whatever its row holds.
     """
-    latents, order = indices.flatten().long().sort(stable=True)
-    starts = torch.searchsorted(latents, torch.arange(num_latents, device=latents.device))
-    tokens = order // indices.shape[1]
-    return F.embedding_bag(tokens, rows, starts, mode="sum", per_sample_weights=weights.flatten()[order])
+    latents, order = torch.where(weights == 0, num_latents, indices.long()).flatten().sort(stable=True)
+    starts = torch.searchsorted(latents, torch.arange(num_latents + 1, device=latents.device))
+    tokens, scale = order // indices.shape[1], weights.flatten()[order]
+    return F.embedding_bag(tokens, rows, starts, mode="sum", per_sample_weights=scale)[:num_latents]
 
 
 def gather_dot(indices: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
@@ -203,35 +238,103 @@ def gather_dot(indices: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
 
 
 def latent_gradients(
-    values: Tensor,
-    indices: Tensor,
-    grad_x_hat: Tensor,
-    x: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    W_enc: Tensor | None = None,
-    extra_d_value: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the four parameters for a loss with d loss / d x_hat = g [M, d] (SPEC 4.3), in the compute dtype.
+    terms: Sequence[PairTerms], x: Tensor, W_dec: Tensor, b_dec: Tensor, W_enc: Tensor | None = None
+) -> LatentGradients:
+    """Gradients of the four parameters for a loss with d loss / d x_hat = g [M, d] for each of `terms` (SPEC 4.3).
 
     `d_value = <g, d_i> * [value > 0] + extra_d_value`; over the pairs of latent i: `dW_dec[i] = sum value * g`,
-    `dW_enc[i] = sum d_value * (x - b_dec)`, `db_enc[i] = sum d_value`; `db_dec = sum g - W_enc.T @ db_enc`.
+    `dW_enc[i] = sum d_value * (x - b_dec)`, `db_enc[i] = sum d_value`; `db_dec = sum g - W_enc.T @ db_enc`, where g is
+    of the terms to which b_dec was added.
     """
     dtype = compute_dtype(x)
-    num_latents = W_dec.shape[0]
-    grad, values = grad_x_hat.to(dtype), values.to(dtype)
-    d_value = torch.where(values > 0, gather_dot(indices, W_dec.to(dtype), grad), 0)
-    if extra_d_value is not None:
-        d_value = d_value + extra_d_value.to(dtype)
-    dW_enc, db_enc = encoder_gradients(d_value, indices, x.to(dtype) - b_dec.to(dtype), num_latents)
-    db_dec = grad.sum(0)
+    weight, num_latents = W_dec.to(dtype), W_dec.shape[0]
+    dW_enc, db_enc, dW_dec, db_dec = (weight.new_zeros(shape) for shape in LatentGradients.shapes(W_dec))
+    for term in terms:
+        grad, values = term.grad_x_hat.to(dtype), term.values.to(dtype)
+        d_value = torch.where(values > 0, gather_dot(term.indices, weight, grad), 0)
+        if term.extra_d_value is not None:
+            d_value = d_value + term.extra_d_value.to(dtype)
+        of_rows, of_biases = encoder_gradients(d_value, term.indices, x, b_dec, num_latents)
+        dW_enc += of_rows
+        db_enc += of_biases
+        dW_dec += sum_by_latent(values, term.indices, grad, num_latents)
+        if term.adds_b_dec:
+            db_dec += grad.sum(0)
     if W_enc is not None:
         db_dec = db_dec - db_enc @ W_enc.to(dtype)
-    return dW_enc, db_enc, sum_by_latent(values, indices, grad, num_latents), db_dec
+    return LatentGradients(dW_enc, db_enc, dW_dec, db_dec)
 
 
-def encoder_gradients(d_value: Tensor, indices: Tensor, centred: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
+def encoder_gradients(
+    d_value: Tensor, indices: Tensor, x: Tensor, b_dec: Tensor, num_latents: int
+) -> tuple[Tensor, Tensor]:
     """`dW_enc[i] = sum d_value * (x - b_dec)` [N, d] and `db_enc[i] = sum d_value` [N] over the pairs of latent i."""
+    dtype = compute_dtype(x)
+    centred = x.to(dtype) - b_dec.to(dtype)
     with_one = torch.cat([centred, torch.ones_like(centred[:, :1])], 1)
-    both = sum_by_latent(d_value, indices, with_one, num_latents)
+    both = sum_by_latent(d_value.to(dtype), indices, with_one, num_latents)
     return both[:, :-1].contiguous(), both[:, -1].contiguous()
+
+
+def _noise(count: int, step: int, device: torch.device) -> Tensor:
+    """32 random bits for each of `count` elements, fixed by its number and the step: [count] int64."""
+
+    def times(number: Tensor, factor: int) -> Tensor:
+        return number * factor & 0xFFFFFFFF
+
+    element = torch.arange(count, device=device)
+    bits = times(element & 0xFFFFFFFF, 0x9E3779B1) + times(element >> 32, 0x7FEB352D) + (step * 0x85EBCA77)
+    bits = bits & 0xFFFFFFFF
+    bits = times(bits ^ bits >> 15, 0x2C1B3C6D)
+    bits = times(bits ^ bits >> 12, 0x297A2D39)
+    return bits ^ bits >> 15
+
+
+def _store_moment(moment: Tensor, wide: Tensor, noise: Tensor) -> None:
+    """`moment` = `wide`; in bfloat16 rounded up or down at random, by 16 bits of `noise`, so that the mean is kept."""
+    if moment.dtype == wide.dtype:
+        moment.copy_(wide)
+        return
+    bits = wide.float().contiguous().view(torch.int32) & 0xFFFFFFFF
+    kept = (bits + noise.view(wide.shape)) >> 16 << 16
+    rounded = torch.where(kept >= 1 << 31, kept - (1 << 32), kept).to(torch.int32).view(torch.float32)
+    moment.copy_(torch.where(wide.isnan(), torch.nan, rounded))
+
+
+def adam_rows(
+    W: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scale: Tensor | None,
+    shadow: Tensor | None,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    remove_parallel: bool,
+    unit_norm: bool,
+) -> None:
+    """One step of Adam on the rows of W [N, d], in place (SPEC 4.1).
+
+    `g = scale * grad`, less its part along the row if `remove_parallel`; `m += (1 - beta1) (g - m)`,
+    `v = beta2 v + (1 - beta2) g^2`, `W -= lr m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)`; rows at unit
+    length if `unit_norm`; `shadow` = W in 16 bits. A row of zeros has no direction and stays.
+    """
+    g = grad if scale is None else grad * scale
+    if remove_parallel:
+        squared = W.square().sum(1, keepdim=True)
+        g = g - torch.where(squared > 0, (g * W).sum(1, keepdim=True) / squared, 0) * W
+    m, v = exp_avg.to(W.dtype), exp_avg_sq.to(W.dtype)
+    m = m + (1 - beta1) * (g - m)
+    v = beta2 * v + (1 - beta2) * g * g
+    W.sub_(lr / (1 - beta1**step) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps))
+    if unit_norm:
+        norm = torch.linalg.vector_norm(W, dim=1, keepdim=True)
+        W.div_(torch.where(norm > 0, norm, 1))
+    noise = _noise(W.numel(), step, W.device)
+    _store_moment(exp_avg, m, noise & 0xFFFF)
+    _store_moment(exp_avg_sq, v, noise >> 16)
+    if shadow is not None:
+        shadow.copy_(W)

@@ -6,20 +6,19 @@ No launch waits for the device, looks at data, or allocates by what it finds: al
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backend
 from .backend import Refusal, current_backend
-from .triton_product import product
-from .triton_tiles import num_programs
-
-if TYPE_CHECKING:
-    from saemnesia_fast.kernels.tokens import Tokens
+from .triton_product import product, round_rows
+from .triton_tiles import EXACT_PROBE, SCREEN_WARPS, num_programs
 
 MAX_K = 256
+DOUBTFUL = 32
+"""Room for latents that a screen cannot tell from the k-th largest, of which a token ordinarily has a few."""
 Z_BYTES = 1 << 29
 """Room for the pre-activations of `encode_topk`: longer batches are encoded in parts."""
 
@@ -46,41 +45,50 @@ def refuse(device: torch.device) -> Refusal | None:
     return None if major >= 8 else Refusal(f"needs compute capability 8.0, not {major}.{minor}", missed=False)
 
 
-def locate(x: Tensor) -> "Tokens":
-    """x [..., d] as the kernels read it: in place, or a copy where three strides cannot express it."""
-    from saemnesia_fast.kernels.tokens import view
-
-    return (view(x) or view(x.contiguous()))[0]
-
-
 def _power_of_two(number: int, least: int = 1) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
 def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, dtype: torch.dtype | None = None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    precision: str = "default",
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ops.encode_topk`, with values in `dtype` (None: that of x)."""
-    from saemnesia_fast.kernels.encode_topk import encode_kernel, group_size
+    from saemnesia_fast.kernels.encode_topk import encode_kernel, group_size, rescore_kernel
+    from saemnesia_fast.kernels.tokens import locate
 
     values = x.new_empty(*x.shape[:-1], k, dtype=dtype or x.dtype)
     indices = torch.empty_like(values, dtype=torch.int32)
-    rows, d, num_latents, group = x.numel() // x.shape[-1], x.shape[-1], W_enc.shape[0], group_size(k)
+    rows, d, num_latents = x.numel() // x.shape[-1], x.shape[-1], W_enc.shape[0]
     if rows == 0:
         return values, indices
     with torch.cuda.device_of(x):
-        weights = product(x, W_enc, b_enc, b_dec)
+        weights = product(x, W_enc, b_enc, b_dec, precision)
         tile = weights.tiles.encode_topk
-        part = min(rows, max(1, Z_BYTES // (4 * num_latents)))
+        part = min(rows, max(16, Z_BYTES // (4 * num_latents) // 16 * 16))
         z = x.new_empty(part, num_latents, dtype=torch.float32)
+        if weights.screen is None:
+            tokens, screen, num_listed = x, None, k
+        else:
+            tokens, screen = round_rows(x, b_dec.contiguous())
+            num_listed = min(num_latents, _power_of_two(k + DOUBTFUL))
+        source = locate(tokens)
+        group = group_size(num_listed)
         maxima = z.new_empty(part, -(-num_latents // group))
         for first in range(0, rows, part):
             some = min(part, rows - first)
             grid = (-(-some // tile.tokens) * -(-num_latents // tile.latents),)
             encode_kernel[grid](
-                *locate(x),
+                *source,
                 weights.W_enc,
                 weights.bias,
+                screen,
+                weights.screen,
                 z,
                 maxima,
                 first,
@@ -88,10 +96,37 @@ def encode_topk(
                 num_latents,
                 d,
                 GROUP=group,
+                ALIGNED=source.aligned(tile.tokens),
                 BLOCK_N=tile.latents,
                 **weights.launch(tile),
             )
-            select(z[:some], maxima, k, values, indices, first)
+            if screen is None:
+                select(z[:some], maxima, k, values, indices, first)
+            else:
+                most = z.new_empty(some, num_listed)
+                columns = most.new_empty(most.shape, dtype=torch.int32)
+                select(z[:some], maxima, num_listed, most, columns)
+                rescore_kernel[(some,)](
+                    *locate(x),
+                    W_enc.contiguous(),
+                    weights.bias,
+                    b_dec.contiguous(),
+                    screen,
+                    weights.screen,
+                    z,
+                    most,
+                    columns,
+                    values,
+                    indices,
+                    first,
+                    num_latents,
+                    d,
+                    k,
+                    num_listed,
+                    BLOCK_L=_power_of_two(num_listed, 16),
+                    BLOCK_R=32,
+                    num_warps=8 if num_listed <= 256 else 16,
+                )
     return values, indices
 
 
@@ -208,17 +243,21 @@ def _probe(
     k: int,
     latents: Tensor,
     thresholds: Tensor,
-    factors: Tensor | None = None,
+    factors: Tensor | None,
+    precision: str,
     out: Tensor | None = None,
 ) -> Probed:
     """The activations and ranks of all entries; tokens with NaN or infinity become NaN in `out`. At least one token."""
-    from saemnesia_fast.kernels.probe import probe_kernel, rank_kernel
-    from saemnesia_fast.kernels.tokens import view
+    from saemnesia_fast.kernels.probe import DOUBTS, probe_kernel, rank_kernel, settle_kernel
+    from saemnesia_fast.kernels.tokens import locate, view
 
     d, num_latents = x.shape[-1], W_enc.shape[0]
     rows, (num_lines, num_entries) = x.numel() // d, latents.shape
-    weights = product(x, W_enc, b_enc, b_dec)
+    weights = product(x, W_enc, b_enc, b_dec, precision)
+    exact = weights.screen is not None
     probing, ranking = weights.tiles.probe, weights.tiles.rank
+    if exact:
+        probing, ranking = EXACT_PROBE, ranking._replace(warps=SCREEN_WARPS)
     per_line = rows // num_lines
     tiles_per_line = -(-per_line // probing.tokens)
     source = locate(x)
@@ -227,17 +266,25 @@ def _probe(
     rank = x.new_empty(rows, num_entries, dtype=torch.int32)
     flagged = Probed(z, rank, x.new_empty(rows, dtype=torch.int32), x.new_zeros(1, dtype=torch.int32))
     flagged_x = x.new_empty(rows, d, dtype=weights.dtype)
+    W, shift, screen, doubts = weights.W_enc, None, None, None
+    if exact:
+        W, shift = W_enc.contiguous(), b_dec.contiguous()
+        screen = z.new_empty(rows, 2)
+        doubts = rank.new_empty(rows, num_entries, 1 + DOUBTS.value)
     probe_kernel[(num_lines * tiles_per_line,)](
         *source,
         *target[:1],
         *target[2:],
-        weights.W_enc,
+        W,
         weights.bias,
         latents,
         thresholds,
         thresholds if factors is None else factors,
         *flagged,
         flagged_x,
+        shift,
+        screen,
+        doubts,
         per_line,
         tiles_per_line,
         num_entries,
@@ -245,6 +292,7 @@ def _probe(
         k,
         HAS_FACTORS=factors is not None,
         HAS_OUT=out is not None,
+        ALIGNED=source.aligned(per_line, probing.tokens),
         BLOCK_S=probing.latents,
         **weights.launch(probing),
     )
@@ -254,6 +302,9 @@ def _probe(
         weights.W_enc,
         weights.bias,
         latents,
+        screen,
+        weights.screen,
+        doubts,
         per_line,
         num_entries,
         num_latents,
@@ -262,18 +313,42 @@ def _probe(
         BLOCK_N=ranking.latents,
         **weights.launch(ranking),
     )
+    if exact:
+        settle_kernel[(num_programs(x.device),)](
+            *source,
+            *flagged,
+            W,
+            weights.bias,
+            shift,
+            latents,
+            doubts,
+            per_line,
+            num_entries,
+            num_latents,
+            d,
+            k,
+            BLOCK_R=16,
+            num_warps=4,
+        )
     return flagged
 
 
 def probe(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, latents: Tensor, thresholds: Tensor
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    latents: Tensor,
+    thresholds: Tensor,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor]:
     """`ops.probe`."""
     shape = (*x.shape[:-1], latents.shape[1])
     if x.numel() == 0:
         return x.new_empty(shape), x.new_empty(shape, dtype=torch.bool)
     with torch.cuda.device_of(x):
-        seen = _probe(x, W_enc, b_enc, b_dec, k, latents.contiguous(), thresholds.contiguous())
+        seen = _probe(x, W_enc, b_enc, b_dec, k, latents.contiguous(), thresholds.contiguous(), None, precision)
         return seen.z.to(x.dtype).view(shape), (seen.rank < k).view(shape)
 
 
@@ -289,6 +364,7 @@ def erase(
     factors: Tensor,
     mode: str,
     norm_scaled: bool,
+    precision: str = "default",
     in_place: bool = False,
 ) -> Tensor:
     """`ops.erase`; `in_place` writes x' over x (mode "exact" without `norm_scaled` then copies no token)."""
@@ -301,15 +377,15 @@ def erase(
         return out
     located = view(x, out)
     if located is None:
-        return out.copy_(erase(x.contiguous(), W_enc, b_enc, b_dec, W_dec, k, *lines, mode, norm_scaled))
+        return out.copy_(erase(x.contiguous(), W_enc, b_enc, b_dec, W_dec, k, *lines, mode, norm_scaled, precision))
     if mode != "exact" or norm_scaled:
-        values, indices = encode_topk(x, W_enc, b_enc, b_dec, k, torch.float32)
+        values, indices = encode_topk(x, W_enc, b_enc, b_dec, k, precision, torch.float32)
         _sum_directions(values, indices, W_dec, b_dec, x, out, lines, mode, norm_scaled)
         return out
     if not in_place:
         out.copy_(x)
     with torch.cuda.device_of(x):
-        seen = _probe(x, W_enc, b_enc, b_dec, k, *lines, out)
+        seen = _probe(x, W_enc, b_enc, b_dec, k, *lines, precision, out)
         source, target = located
         d, num_entries = x.shape[-1], latents.shape[1]
         erase_kernel[num_programs(x.device), -(-d // 256)](
@@ -345,13 +421,13 @@ def _or_eager(op: str, implementation: Callable[..., Any]) -> Callable[..., Any]
     """What these kernels cannot compute is computed by the eager reference, unless triton was chosen by name."""
     eager = backend._slots[op, "eager"].implementation
 
-    def run(tokens: Tensor, *arguments: Any) -> Any:
+    def run(tokens: Tensor, *arguments: Any, **options: Any) -> Any:
         reason = _cannot(op, tokens, arguments)
         if reason is None:
-            return implementation(tokens, *arguments)
+            return implementation(tokens, *arguments, **options)
         if current_backend() == "triton":
             raise RuntimeError(f"{op}: backend 'triton' was chosen but cannot compute this: {reason}")
-        return eager(tokens, *arguments)
+        return eager(tokens, *arguments, **options)
 
     return run
 

@@ -31,6 +31,12 @@ class Tiles(NamedTuple):
     rank: Tile
 
 
+EXACT_PROBE = Tile(4, 16, 64, 4, 3)
+"""Of exact scores, which are no matrix product."""
+SCREEN_WARPS = 8
+"""Of the rank of exact precision, which keeps more in registers."""
+
+
 def heuristic(capability: tuple[int, int], operand: torch.dtype) -> Tiles:
     """Tiles for a compute capability; at least 64 tokens high, so that all use the same matrix instruction."""
     if operand == torch.float32:

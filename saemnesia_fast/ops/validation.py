@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .reference import LatentGradients, PairTerms, compute_dtype
+
 MODES = ("exact", "released", "reconstruct")
+PRECISIONS = ("default", "exact")
 
 
 def check_tensor(name: str, tensor: object, like: Tensor | None = None, integer: bool = False) -> None:
@@ -66,6 +69,86 @@ def check_latents(values: Tensor, indices: Tensor) -> None:
         )
 
 
+def check_pairs(terms: Sequence[PairTerms], x: Tensor) -> None:
+    """Check the terms against tokens x [..., d]; those after the first are named `more[i].values` and so on."""
+    for number, term in enumerate(terms):
+        prefix = f"more[{number - 1}]." if number else ""
+        try:
+            _check_terms(term, x)
+        except (TypeError, ValueError) as error:
+            raise type(error)(prefix + str(error)) from None
+
+
+def _check_terms(term: PairTerms, x: Tensor) -> None:
+    check_latents(term.values, term.indices)
+    check_tensor("values", term.values, like=x)
+    if term.values.shape[:-1] != x.shape[:-1]:
+        shape = ", ".join(map(str, (*x.shape[:-1], "k")))
+        raise ValueError(f"values: expected [..., k] = [{shape}] to match x, got {list(term.values.shape)}")
+    optional = (
+        () if term.extra_d_value is None else (("extra_d_value", "k", term.extra_d_value, "values", term.values),)
+    )
+    for name, last, tensor, other, like in (("grad_x_hat", "d", term.grad_x_hat, "x", x), *optional):
+        check_tensor(name, tensor, like=x)
+        if tensor.shape != like.shape:
+            raise ValueError(
+                f"{name}: expected [..., {last}] = {list(like.shape)} to match {other}, got {list(tensor.shape)}"
+            )
+
+
+def check_gradients(out: LatentGradients, x: Tensor, W_dec: Tensor) -> None:
+    """Check the four gradients that are to be added to: shape, compute dtype, device, contiguous."""
+    for name, tensor, shape in zip(LatentGradients._fields, out, LatentGradients.shapes(W_dec), strict=True):
+        check_tensor(f"out.{name}", tensor, like=x)
+        if tensor.shape != shape or tensor.dtype != compute_dtype(x) or not tensor.is_contiguous():
+            raise ValueError(
+                f"out.{name}: expected {list(shape)} contiguous, {compute_dtype(x)}, "
+                f"got {list(tensor.shape)}, {tensor.dtype}, strides {list(tensor.stride())}"
+            )
+
+
+def check_adam(
+    W: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    scale: Tensor | None,
+    shadow: Tensor | None,
+    by_rows: bool,
+) -> None:
+    """Check W [N, d] or, unless `by_rows`, [N], and what goes with it."""
+    check_tensor("W", W)
+    if W.dim() not in ((2,) if by_rows else (1, 2)) or (W.dim() == 2 and W.shape[1] == 0):
+        raise ValueError(f"W: expected [N, d]{'' if by_rows else ' or [N]'}, got {list(W.shape)}")
+    of_W = (torch.float32, torch.float64)
+    of_moments = (W.dtype, torch.bfloat16)
+    like: tuple[tuple[str, Tensor | None, tuple[torch.dtype, ...]], ...] = (
+        ("W", W, of_W),
+        ("grad", grad, (W.dtype,)),
+        ("exp_avg", exp_avg, of_moments),
+        ("exp_avg_sq", exp_avg_sq, (exp_avg.dtype,)),
+        ("shadow", shadow, (torch.float16, torch.bfloat16)),
+    )
+    for name, tensor, dtypes in like:
+        if tensor is None:
+            continue
+        check_tensor(name, tensor, like=W)
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+        if tensor.shape != W.shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}: expected {list(W.shape)} contiguous as W, "
+                f"got {list(tensor.shape)}, strides {list(tensor.stride())}"
+            )
+    if scale is not None:
+        check_tensor("scale", scale, like=W)
+        if scale.dim():
+            raise ValueError(f"scale: expected one number, [], got {list(scale.shape)}")
+    if step < 1:
+        raise ValueError(f"step: expected at least 1, got {step}")
+
+
 def check_lines(x: Tensor, latents: Tensor, **entries: Tensor) -> None:
     """Check latents and its `entries` (thresholds, factors): [S], or [G, S] where G divides the tokens of x."""
     check_tensor("latents", latents, like=x, integer=True)
@@ -88,6 +171,20 @@ def check_mode(mode: str) -> None:
     """Raise unless `mode` is one of SPEC 3.2."""
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+
+
+def check_precision(precision: str) -> None:
+    """Raise unless `precision` is one of SPEC 1.6."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def check_in_place(x: Tensor) -> None:
+    """Raise unless x can be written over: no gradient is wanted of it, and no two of its elements share memory."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("in_place: expected x without a gradient")
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(f"in_place: expected x whose elements lie apart, got strides {list(x.stride())}")
 
 
 def check_range(name: str, indices: Tensor, size: int) -> None:

@@ -141,9 +141,9 @@ def test_the_folded_bias_follows_the_weights():
     for step in range(3):
         values, _ = ops.encode_topk(x, W_enc, b_enc + step, b_dec, 5)
         assert torch.equal(values, reference.encode_topk(x, W_enc, b_enc + step, b_dec, 5)[0])
-    before = len(triton_product._folded)
+    before = len(triton_product._biases)
     del W_enc, weight
-    assert len(triton_product._folded) == before - 1
+    assert len(triton_product._biases) == before - 1
 
 
 def test_refuses_what_it_cannot_keep():

@@ -1,0 +1,34 @@
+// adam_rows (SPEC 4.1): rows in torch's threads.
+#include <torch/csrc/stable/library.h>
+
+#include "../gradient_ops.h"
+#include "tensors.h"
+
+namespace saemnesia_fast {
+namespace {
+
+template <typename T>
+void update(const AdamJob<T>& job, int64_t rows) {
+  torch::stable::parallel_for(0, rows, grain(4 * job.d), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      kernels<T>().gradients.adam_row(job, row);
+    }
+  });
+}
+
+void adam_rows(const Tensor& W, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+               const std::optional<Tensor>& scale, const std::optional<Tensor>& shadow, int64_t step, double lr,
+               double beta1, double beta2, double eps, bool remove_parallel, bool unit_norm) {
+  const auto run = [&](auto number) {
+    update(adam_job<decltype(number)>(W, grad, exp_avg, exp_avg_sq, scale, shadow, step, lr, beta1, beta2, eps,
+                                      remove_parallel, unit_norm),
+           W.size(0));
+  };
+  is_double(W) ? run(double()) : run(float());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(saemnesia_fast_cpu, CPU, m) { m.impl("adam_rows", TORCH_BOX(&adam_rows)); }
+
+}  // namespace saemnesia_fast
