@@ -1,11 +1,14 @@
 """Files as the project writes and finds them: atomic, safetensors or JSON, in folders or on the Hub (SPEC 6)."""
 
+import errno
 import json
 import logging
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,29 +16,51 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger("saemnesia_fast")
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | Callable[[Path], None]) -> None:
     """Write `path` so that a reader sees the old file or the whole new one, also after a crash (SPEC 6.4).
 
-    `data` is the content, or a function that writes the file whose path it is given. Parent folders are made.
+    `data` is the content, or a function that writes the file whose path it is given. Parent folders are made. A full
+    disk is an OSError that names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    with naming_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A folder, as safetensors makes a temporary file of its own beside the one that it is told to write.
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        temporary = folder / path.name
+        try:
+            if callable(data):
+                data(temporary)
+            else:
+                temporary.write_bytes(data)
+            temporary.chmod(0o666 & ~_umask())
+            _fsync(temporary)
+            temporary.replace(path)
+        finally:
+            shutil.rmtree(folder)
+        _fsync(path.parent)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Delete what a killed process's `write_atomic` left in `folder`."""
+    for path in Path(folder).glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+@contextmanager
+def naming_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let the OSError of a disk without room, raised in the context, say which file it was and what to do."""
     try:
-        if callable(data):
-            data(temporary)
-        else:
-            temporary.write_bytes(data)
-        temporary.chmod(0o666 & ~_umask())
-        _fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync(path.parent)
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        advice = f"{os.strerror(error.errno)}; make room and continue, earlier files are whole"
+        raise OSError(error.errno, advice, os.fspath(path)) from error
 
 
 def _umask() -> int:
@@ -58,10 +83,21 @@ def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write named tensors of any device and layout as one safetensors file, atomically."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, lambda temporary: save_file(contiguous, temporary, dict(metadata or {})))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(contiguous, temporary, dict(metadata or {}))
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+    write_atomic(path, write)
 
 
 def load_tensors(path: str | os.PathLike[str], device: str = "cpu") -> dict[str, "Tensor"]:
@@ -69,24 +105,29 @@ def load_tensors(path: str | os.PathLike[str], device: str = "cpu") -> dict[str,
 
     Raises FileNotFoundError when there is no such file, ValueError when it is not a whole safetensors file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    with open_tensors(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def open_tensors(path: str | os.PathLike[str], device: str = "cpu") -> Iterator[Any]:
+    """A safetensors file as `safetensors.safe_open` gives it: memory-mapped, read where it is asked for a tensor.
+
+    Raises FileNotFoundError when there is no such file, ValueError when it is not a whole safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path, device=device)
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Return the string metadata of a safetensors file without reading its tensors."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+    with open_tensors(path) as file:
+        return dict(file.metadata() or {})
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:

@@ -1,9 +1,15 @@
 """Activations on disk: content, resuming at the exact prompt, refusals, and the two commands (SPEC 5.1, 6.4)."""
 
+import errno
+import logging
+from types import SimpleNamespace
+
 import pytest
 import torch
+from diffusers import PNDMScheduler
 
 from pipelines import HOOK_POINTS, generate, tiny_sd, tiny_sdxl
+from saemnesia_fast.cli.inputs import read_prompts
 from saemnesia_fast.cli.main import main
 from saemnesia_fast.files import load_tensors, read_json
 from saemnesia_fast.hookpoints import find_hook_point
@@ -28,6 +34,19 @@ def gather(folder, hook_point):
 
 def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def stop_after(calls, monkeypatch):
+    """Let the pipeline be interrupted after so many calls."""
+    sampled: list[list[str]] = []
+
+    def failing(pipe, prompts, *arguments):
+        if len(sampled) == calls:
+            raise KeyboardInterrupt
+        sampled.append(prompts)
+        return sampling.sample_activations(pipe, prompts, *arguments)
+
+    monkeypatch.setattr(collect, "sample_activations", failing)
 
 
 @pytest.fixture
@@ -79,15 +98,7 @@ def test_shard_size_is_bounded(pipe, tmp_path):
 @pytest.mark.parametrize("calls", [0, 1, 3])
 def test_an_interrupted_set_continues_to_the_same_files(calls, pipe, tmp_path, monkeypatch):
     collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path / "straight", config(), progress=False)
-    sampled: list[list[str]] = []
-
-    def failing(pipe, prompts, *arguments):
-        if len(sampled) == calls:
-            raise KeyboardInterrupt
-        sampled.append(prompts)
-        return sampling.sample_activations(pipe, prompts, *arguments)
-
-    monkeypatch.setattr(collect, "sample_activations", failing)
+    stop_after(calls, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path / "resumed", config(), progress=False)
     with pytest.raises(ValueError, match="was interrupted"):
@@ -105,6 +116,97 @@ def test_a_finished_set_is_not_overwritten(pipe, tmp_path):
     with pytest.raises(FileExistsError, match="holds a finished set of activations"):
         collect_activations(pipe, PROMPTS[:2], HOOK_POINTS[:1], tmp_path, config(), progress=False)
     assert files(tmp_path) == before
+
+
+def test_disk_need_of_the_papers_model():
+    """SPEC 5.1: 32.8 MB a prompt at 50 steps of one hook point of SD 1.5."""
+    assert collect._size(2 * 50 * 256 * 1280) == "32.8 MB"
+    assert [collect._size(n) for n in (12, 999, 2730e9, 5e15)] == ["12 bytes", "999 bytes", "2.7 TB", "5000.0 TB"]
+
+
+@pytest.mark.parametrize("done", [0, 4])
+def test_disk_need_is_told_and_must_fit(done, pipe, tmp_path, monkeypatch, caplog):
+    """What is still to come is counted, at all hook points; without room nothing is written."""
+    if done:
+        stop_after(done // 2, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path / "out", config(), progress=False)
+        monkeypatch.undo()
+        done -= 2  # the last call filled no shard
+    before = files(tmp_path)
+    per_prompt = 2 * 2 * (16 * 64 + 64 * 32)
+    needed = (7 - done) * per_prompt
+    free = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(collect.shutil, "disk_usage", lambda path: free)
+    said = f"7 prompts need 86.0 kB, {tmp_path} has 86.0 kB free" if not done else "5 prompts need 61.4 kB"
+    with pytest.raises(OSError, match=f"out_dir: {said}.*check_disk=False") as error:
+        collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path / "out", config(), progress=False)
+    assert error.value.errno is None
+    assert files(tmp_path) == before
+    free.free = needed
+    with caplog.at_level(logging.INFO, "saemnesia_fast"):
+        collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path / "out", config(), progress=False)
+    assert f"4.1 kB a prompt at {HOOK_POINTS[0]} (2 maps x 16 tokens x 64 channels x 2 bytes)" in caplog.text
+    assert f"8.2 kB a prompt at {HOOK_POINTS[1]} (2 maps x 64 tokens x 32 channels x 2 bytes)" in caplog.text
+    stored = sum(gather(tmp_path / "out", name)["activations"].nbytes for name in HOOK_POINTS)
+    assert stored == 7 * per_prompt
+
+
+def test_a_disk_without_room_can_be_started_on_all_the_same(pipe, tmp_path, monkeypatch):
+    """And the switch is no part of what the set is."""
+    monkeypatch.setattr(collect.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path, config(check_disk=False), progress=False)
+    monkeypatch.undo()
+    collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path, config(), progress=False)
+
+
+def test_steps_are_counted_as_the_scheduler_takes_them(pipe):
+    """PNDM runs the UNet once more than it is asked to."""
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    seen = sampling.activation_shapes(pipe, HOOK_POINTS, config(num_inference_steps=5))
+    assert seen == {HOOK_POINTS[0]: (6, 16, 64), HOOK_POINTS[1]: (6, 64, 32)}
+
+
+def test_a_disk_that_fills_leaves_a_set_to_continue(pipe, tmp_path, monkeypatch):
+    collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path / "straight", config(), progress=False)
+    save = collect.save_tensors
+
+    def full(path, tensors):
+        if path.name == "00001.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(path, tensors)
+
+    monkeypatch.setattr(collect, "save_tensors", full)
+    with pytest.raises(OSError, match=r"No space left on device.*00001\.safetensors"):
+        collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path / "full", config(), progress=False)
+    monkeypatch.undo()
+    collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path / "full", config(), progress=False)
+    assert files(tmp_path / "full") == files(tmp_path / "straight")
+
+
+def test_a_damaged_interrupted_set_is_refused_by_the_file_s_name(pipe, tmp_path, monkeypatch):
+    stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path, config(), progress=False)
+    monkeypatch.undo()
+    shard = tmp_path / HOOK_POINTS[1] / "00000.safetensors"
+    for path, message in ((shard, "not a complete safetensors file"), (tmp_path / "index.json", "not an index")):
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(ValueError, match=f"{path.name}: {message}.* collect into a new folder"):
+            collect_activations(pipe, PROMPTS, HOOK_POINTS, tmp_path, config(), progress=False)
+
+
+def test_prompts_of_unlearn_canvas():
+    """SPEC 5.2: 20 objects, 50 styles, with spaces for underscores; Seed_Images is none of them."""
+    prompts = read_prompts("unlearn-canvas")
+    assert len(set(prompts)) == len(prompts) == 20 * 51
+    assert prompts[:2] == ["An image of Architectures.", "An image of Bears."]
+    assert prompts[20] == "An image of Architectures in Abstractionism style."
+    assert prompts[-1] == "An image of Waterfalls in Winter style."
+    assert "An image of Bears in Van Gogh style." in prompts
+    assert not any("Seed" in prompt or "_" in prompt for prompt in prompts)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e6])
@@ -129,7 +231,7 @@ def test_residual_stream_of_sdxl(tmp_path):
     handle = block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     collect_activations(pipe, PROMPTS[:1], HOOK_POINTS[:1], tmp_path / "again", config(), progress=False)
     handle.remove()
-    expected = torch.stack([x[1].flatten(1).T for x in inputs])
+    expected = torch.stack([x[1].flatten(1).T for x in inputs[-2:]])
     torch.testing.assert_close(streams["output"] - streams["residual"], expected, rtol=0, atol=5e-3)
 
 

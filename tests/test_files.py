@@ -1,13 +1,18 @@
 """saemnesia_fast.files: atomic writes, safetensors, JSON, folders or Hub repositories (SPEC 6.4)."""
 
+import errno
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from saemnesia_fast import files
 
@@ -88,6 +93,70 @@ def test_a_truncated_tensor_file_is_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"t\.safetensors: not a complete safetensors file"):
         files.read_metadata(path)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path, code: int) -> None:
+    path = tmp_path / "a"
+    files.write_atomic(path, b"old")
+
+    def full(temporary: Path) -> None:
+        temporary.write_bytes(b"ne")
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(OSError, match=r"make room and continue, earlier files are whole: '.*/a'") as error:
+        files.write_atomic(path, full)
+    assert (error.value.errno, error.value.filename) == (code, str(path))
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_full_disk_under_tensors_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error as safetensors words it; other errors keep their own message."""
+
+    def full(*arguments: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(OSError, match=r"make room and continue.*t\.safetensors") as error:
+        files.save_tensors(path, {"x": torch.zeros(100_000)})
+    assert error.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(PermissionError, match="^denied$"), files.naming_full_disk(path):
+        raise PermissionError("denied")
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
+    """The process dies while it writes: safetensors may have made a file of its own by then."""
+
+    code = """
+import os, sys
+from saemnesia_fast.files import write_atomic
+
+def die(temporary):
+    (temporary.parent / ".tmpAbC123").write_bytes(b"ha")
+    os._exit(0)
+
+write_atomic(sys.argv[1], die)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=True, cwd=tmp_path)
+    (left,) = tmp_path.iterdir()
+    assert [path.name for path in left.iterdir()] == [".tmpAbC123"]
+    (tmp_path / ".hidden").write_bytes(b"")
+    files.remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == [".hidden"]
+    files.remove_leftovers(tmp_path / "no such folder")
+
+
+def test_tensors_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    x = torch.arange(40.0).view(10, 4)
+    files.save_tensors(path, {"x": x, "y": x + 1})
+    with files.open_tensors(path) as file:
+        assert torch.equal(file.get_slice("y")[3:5], x[3:5] + 1)
+    with pytest.raises(ValueError, match=r"t\.safetensors: not a complete"), files.open_tensors(path) as file:
+        file.get_tensor("z")
 
 
 def test_json_round_trip_and_errors(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -168,7 +169,8 @@ def test_resume_is_bit_identical(options, tmp_path):
 
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
-    first, second = (load_tensors(tmp_path / run / "sae/checkpoint.safetensors") for run in ("straight", "resumed"))
+    last = "sae/checkpoints/step-00000040.safetensors"
+    first, second = (load_tensors(tmp_path / run / last) for run in ("straight", "resumed"))
     assert first.keys() == second.keys()
     assert {"sae.W_dec", "adam.0.exp_avg", "adam.3.exp_avg_sq", "tokens_since_fired", "rng"} <= first.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
@@ -186,7 +188,7 @@ def test_resume_of_a_finished_run_gives_its_sae(tmp_path):
 
 def test_resume_refuses_another_recipe_or_order(tmp_path):
     train_sae(TrainConfig(**RECIPE, out_dir=tmp_path, steps=10), data())
-    with pytest.raises(ValueError, match=r"lr: expected 0.0004 as in .*checkpoint.safetensors, got 0.001"):
+    with pytest.raises(ValueError, match=r"lr: expected 0.0004 as in .*step-00000010.safetensors, got 0.001"):
         Trainer(TrainConfig(**RECIPE, out_dir=tmp_path, steps=10, lr=1e-3, resume=True), data())
     with pytest.raises(ValueError, match="batch_size: expected 64 as in the saved state, got 32"):
         Trainer(TrainConfig(**RECIPE, out_dir=tmp_path, steps=10, resume=True), data(batch_size=32))
@@ -206,14 +208,14 @@ def test_resume_drops_a_torn_line(tmp_path):
 @pytest.mark.parametrize(
     ("left", "resume", "advice"),
     [
-        ("checkpoint.safetensors", False, "resume or choose another folder"),
-        ("sae.safetensors", False, "choose another folder"),
-        ("sae.safetensors", True, "choose another folder"),
+        ("checkpoints/step-00000001.safetensors", False, "checkpoints; resume or choose another folder"),
+        ("sae.safetensors", False, "sae.safetensors; choose another folder"),
+        ("sae.safetensors", True, "sae.safetensors; choose another folder"),
     ],
 )
 def test_an_earlier_run_is_not_overwritten(left, resume, advice, tmp_path):
     save_tensors(tmp_path / "sae" / left, {"x": torch.zeros(1)})
-    with pytest.raises(FileExistsError, match=f"holds {left}; {advice}"):
+    with pytest.raises(FileExistsError, match=f"holds {advice}"):
         Trainer(TrainConfig(**RECIPE, out_dir=tmp_path, steps=10, resume=resume), data())
 
 
@@ -222,15 +224,6 @@ def test_a_float16_sae_is_trained_in_float32():
     sae = train_sae(TrainConfig(**RECIPE, steps=2), data(), TopKSAE.init(D, N, K, dtype=torch.float16))
     assert all(parameter.dtype == torch.float32 for parameter in sae.parameters())
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(N))
-
-
-def test_a_half_written_checkpoint_is_an_error(tmp_path):
-    config = TrainConfig(**RECIPE, out_dir=tmp_path, steps=2, resume=True)
-    train_sae(config, data())
-    path = tmp_path / "sae/checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors"):
-        Trainer(config, data())
 
 
 def test_training_flags_stay_in_the_configuration(tmp_path):
@@ -252,6 +245,7 @@ def test_tokens_that_are_not_finite_are_never_trained_on(value):
     with pytest.raises(ValueError, match=f"data: NaN or inf in 1 tokens of batch {number}, first in row"):
         trainer.fit()
     assert trainer.step == number
+    assert [thread.name for thread in threading.enumerate()].count("one_ahead") == 0
     if trainer.sae is not None:
         assert all(parameter.isfinite().all() for parameter in trainer.sae.parameters())
 
@@ -263,7 +257,7 @@ def test_batches_that_do_not_fit_are_refused():
         Trainer(TrainConfig(**RECIPE, steps=2), data(), standardised)
     with pytest.raises(ValueError, match=r"data: expected \[M, d=6\] to match the SAE, got \[64, 8\] in batch 0"):
         train_sae(TrainConfig(**RECIPE, steps=2), data(), sae)
-    with pytest.raises(ValueError, match="data: batch 0 has no variance"):
+    with pytest.raises(ValueError, match="data: batch 0 has a total variance of 0"):
         train_sae(TrainConfig(**RECIPE, steps=2), TensorActivations(torch.ones(64, D), 64))
     one_batch: Any = [sparse_tokens()[:64]]
     with pytest.raises(ValueError, match="data: expected 2 batches, got 1"):

@@ -1,5 +1,9 @@
 """Sources of training tokens: every token once a pass, seeded, restored at the exact batch (SPEC 5.1)."""
 
+import subprocess
+import sys
+import threading
+import time
 from functools import cache
 from itertools import islice
 
@@ -8,7 +12,8 @@ import torch
 
 from pipelines import HOOK_POINTS, tiny_sd
 from saemnesia_fast.files import save_tensors, write_json
-from saemnesia_fast.training import LiveActivations, Sampling, ShardActivations, TensorActivations
+from saemnesia_fast.training import LiveActivations, Sampling, ShardActivations, TensorActivations, data, live
+from saemnesia_fast.training.prefetch import one_ahead
 from saemnesia_fast.training.sampling import sample_activations
 
 SAMPLING = Sampling(num_inference_steps=2, guidance_scale=3.0, prompts_per_call=2, height=64, width=64, seed=7)
@@ -23,13 +28,17 @@ def pipeline():
     return tiny_sd()
 
 
-def shards(folder, sizes, d=2):
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "one_ahead"]
+
+
+def shards(folder, sizes, d=2, maps=2):
     """A finished set whose token number i is the row i of `numbered`."""
     tokens = numbered(sum(sizes), d).half()
     entries = []
     for number, part in enumerate(tokens.split(list(sizes))):
         file = f"block/{number:05d}.safetensors"
-        save_tensors(folder / file, {"activations": part.view(2, -1, d)})
+        save_tensors(folder / file, {"activations": part.view(maps, -1, d)})
         entries.append({"file": file, "prompts": 1, "tokens": len(part)})
     write_json(folder / "index.json", {"finished": True, "hook_points": {"block": {"d": d, "shards": entries}}})
     return folder
@@ -62,7 +71,7 @@ def test_every_token_once_a_pass_in_another_order(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["tensor", "shards", "live"])
 def test_state_continues_at_the_next_batch(kind, tmp_path):
-    """Within a block, at its end and behind it; the live buffer holds two batches."""
+    """Within a window, at its end and behind it; the live buffer holds two batches."""
     count, stops = (4, (1, 2)) if kind == "live" else (9, (1, 5, 6))
     expected = list(islice(make(kind, tmp_path), count))
     for stop in stops:
@@ -82,22 +91,162 @@ def test_state_of_another_order_is_refused():
         TensorActivations(numbered(24), batch_size=8).load_state_dict(source.state_dict())
 
 
-def test_a_short_last_block_of_a_pass_is_left_out(tmp_path):
+def test_state_of_another_window_or_prompts_is_refused(tmp_path):
+    source = make("shards", tmp_path)
+    other = ShardActivations(tmp_path, "block", batch_size=4, buffer_tokens=12)
+    with pytest.raises(ValueError, match="buffer_tokens: expected 8 as in the saved state, got 12"):
+        other.load_state_dict(source.state_dict())
+    source, other = make("live", None), make("live", None)
+    other.prompts[1] = "d"
+    with pytest.raises(ValueError, match="prompts: expected .* as in the saved state"):
+        other.load_state_dict(source.state_dict())
+    other.load_state_dict(source.state_dict() | other.identity())
+
+
+def test_a_short_last_window_of_a_pass_is_left_out(tmp_path):
     source = ShardActivations(shards(tmp_path, [8, 2, 8]), "block", batch_size=4, buffer_tokens=4)
     assert all(len(batch) == 4 for batch in islice(source, 20))
 
 
 def test_live_tokens_are_the_conditional_half_of_seeded_prompts():
     """Prompt i of the stream starts from seed + i; the next pass over the prompts has fresh noise."""
-    source = make("live", None)
-    tokens, position = source.load_block(2)
-    assert position == 6
-    expected = []
+    pieces = make("live", None).pieces(2)
     for first, prompts in ((2, ["c", "a"]), (4, ["b", "c"])):
         activations, timesteps = sample_activations(pipeline(), prompts, 7 + first, [HOOK_POINTS[0]], SAMPLING)
         assert timesteps.tolist() == [501, 1]
-        expected.append(activations[HOOK_POINTS[0]].reshape(-1, 64))
-    assert torch.equal(tokens, torch.cat(expected))
+        tokens, position = next(pieces)
+        assert position == first + 2
+        assert torch.equal(tokens, activations[HOOK_POINTS[0]].reshape(-1, 64))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "shards", "live"])
+def test_batches_are_those_made_without_a_thread(kind, tmp_path, monkeypatch):
+    overlapping = list(islice(make(kind, tmp_path), 9))
+    monkeypatch.setattr(data, "one_ahead", lambda produce: (item for item in produce(threading.Event())))
+    assert all(map(torch.equal, islice(make(kind, tmp_path), 9), overlapping))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "shards", "live"])
+def test_a_source_that_is_left_leaves_no_thread(kind, tmp_path):
+    batches = iter(make(kind, tmp_path))
+    next(batches)
+    assert threads()
+    batches.close()
+    assert not threads()
+
+
+def test_the_pipeline_stops_at_the_prompt_at_hand(monkeypatch):
+    """A window is long, one call of the pipeline is not: leaving waits for the call only."""
+    sampled = []
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(pipe, prompts, *arguments):
+        sampled.append(prompts)
+        if len(sampled) == 3:
+            entered.set()
+            leave.wait(10)
+        return sample_activations(pipe, prompts, *arguments)
+
+    monkeypatch.setattr(live, "sample_activations", slow)
+    batches = iter(make("live", None))
+    next(batches)
+    assert entered.wait(10)
+    threading.Timer(0.1, leave.set).start()
+    batches.close()
+    assert len(sampled) == 3
+
+
+def test_an_error_of_the_pipeline_reaches_the_reader(monkeypatch):
+    """Behind the batches of the window that was whole; a second window of two calls is not."""
+    calls = iter(range(3))
+
+    def failing(*arguments):
+        if next(calls, None) is None:
+            raise RuntimeError("the UNet is out of memory")
+        return sample_activations(*arguments)
+
+    monkeypatch.setattr(live, "sample_activations", failing)
+    batches = iter(make("live", None))
+    assert len([next(batches), next(batches)]) == 2
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(batches)
+    assert not threads()
+
+
+def test_one_item_is_made_ahead_and_no_more():
+    made = []
+
+    def produce(stopping):
+        for number in range(5):
+            made.append(number)
+            yield number
+
+    items = one_ahead(produce)
+    for number in range(4):
+        assert next(items) == number
+        until = time.monotonic() + 10
+        while len(made) < number + 2:
+            assert time.monotonic() < until
+        time.sleep(0.01)
+        assert made == list(range(number + 2))
+    assert list(items) == [4]
+    assert not threads()
+
+
+def test_reading_overlaps_training(monkeypatch, tmp_path):
+    """The second window is there when the first is used up: nothing is waited for."""
+    pause = 0.2
+
+    class Slow(TensorActivations):
+        def pieces(self, position):
+            time.sleep(pause)
+            yield from super().pieces(position)
+
+    batches = iter(Slow(numbered(8), batch_size=4))
+    next(batches)
+    time.sleep(2 * pause)
+    started = time.monotonic()
+    for _ in range(2):
+        next(batches)
+    assert time.monotonic() - started < pause / 2
+    batches.close()
+
+
+MEASURE = """
+import resource, sys
+from itertools import islice
+from saemnesia_fast.training import ShardActivations
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+source = ShardActivations(sys.argv[1], "block", batch_size=1024, buffer_tokens=int(sys.argv[2]))
+before = peak()
+total = sum(len(batch) for batch in islice(source, source.num_tokens // 1024 - 8))
+print(total, peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_two_windows(tmp_path):
+    """96 MiB in three shards, read through windows of 4 MiB: what is held at a time is two windows, not a shard."""
+    shards(tmp_path, [32 * 1024] * 3, d=512, maps=128)
+    window = 4 * 1024
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(window)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    total, grown = map(int, done.stdout.split())
+    assert total == 88 * 1024
+    assert grown < 4 * window * 512 * 2
+
+
+def test_a_window_may_begin_within_a_shard(tmp_path, monkeypatch):
+    """Pieces of two maps: windows of 16 tokens draw on all shards, and every token comes once a pass."""
+    monkeypatch.setattr(data, "PIECE_TOKENS", 4)
+    source = ShardActivations(shards(tmp_path, [24, 12, 24], maps=6), "block", batch_size=4, buffer_tokens=16)
+    batches = list(islice(source, 15))
+    assert sorted(rows(batches)) == [tuple(row) for row in numbered(60).tolist()]
+    owners = {row[0] // 48 for row in rows(batches[:4])}
+    assert len(owners) > 1
 
 
 def test_sampling_reads_the_conditional_rows():
@@ -143,3 +292,44 @@ def test_an_unfinished_set_is_refused(tmp_path):
     write_json(tmp_path / "index.json", {"finished": False, "hook_points": {}})
     with pytest.raises(ValueError, match="was interrupted"):
         ShardActivations(tmp_path, "block")
+
+
+def test_a_damaged_set_is_refused_by_the_file_s_name(tmp_path):
+    shards(tmp_path, [8, 4])
+    path = tmp_path / "block/00001.safetensors"
+    whole = path.read_bytes()
+    for content in (whole[:-3], b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"00001\.safetensors: not a complete safetensors file .*; restore it, or"):
+            ShardActivations(tmp_path, "block", 4)
+    path.write_bytes((tmp_path / "block/00000.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"00001\.safetensors: expected 4 tokens as in the index, got 8; restore it"):
+        ShardActivations(tmp_path, "block", 4)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"00001\.safetensors: the index names this shard, but it is missing; restore"):
+        ShardActivations(tmp_path, "block", 4)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"finished": true}', '{"finished": true, "hook_points": {"a": 1}}']
+)
+def test_a_damaged_index_is_refused_by_its_name(content, tmp_path):
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"index\.json: not an index that `collect` wrote .*; collect into a new folder"
+    ):
+        ShardActivations(tmp_path, "block")
+
+
+@pytest.mark.gpu
+def test_windows_on_the_device_give_the_same_batches(tmp_path):
+    """Made on a stream of the thread's own, and kept until the reader's stream has used them."""
+    shards(tmp_path, [8 * 1024] * 4, d=64, maps=32)
+    options = {"batch_size": 1024, "buffer_tokens": 4096}
+    expected = list(islice(ShardActivations(tmp_path, "block", **options), 60))
+    found = []
+    for batch in islice(ShardActivations(tmp_path, "block", device="cuda", **options), 60):
+        assert batch.is_cuda
+        torch.cuda._sleep(1_000_000)
+        found.append(batch + 0)
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))

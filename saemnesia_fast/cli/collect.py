@@ -18,8 +18,8 @@ class Collect(CollectConfig):
 
     model: str
     """Pipeline: a folder in diffusers' format or a Hugging Face repository."""
-    prompts: Path
-    """Text file with one prompt a line."""
+    prompts: str
+    """Text file with one prompt a line, or unlearn-canvas for the 1020 prompts of that benchmark."""
     hook_points: tuple[str, ...]
     """Blocks of the UNet, for example unet.up_blocks.1.attentions.1."""
     out_dir: Path

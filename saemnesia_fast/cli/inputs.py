@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger("saemnesia_fast")
+UNLEARN_CANVAS = "unlearn-canvas"
 
 
 def load_pipeline(model: str, revision: str | None, device: str | None, dtype: str) -> Any:
@@ -19,18 +20,28 @@ def load_pipeline(model: str, revision: str | None, device: str | None, dtype: s
 
     if revision is None and not Path(model).exists():
         logger.warning("model: %s is read from the Hub without a pinned revision", model)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = DiffusionPipeline.from_pretrained(
         model, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True
     )
-    return pipe.to(device)
+    return pipe.to(resolve_device(device))
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line; blank lines do not count."""
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def resolve_device(device: str | None) -> str:
+    """`device`, or cuda where there is one, else cpu."""
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_prompts(source: str) -> list[str]:
+    """The prompts of a text file, one a line without the blank ones, or UnlearnCanvas's for `unlearn-canvas`."""
+    if source == UNLEARN_CANVAS:
+        from saemnesia_fast.training import unlearn_canvas
+
+        return unlearn_canvas.prompts()
+    prompts = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not prompts:
-        raise ValueError(f"prompts: expected at least one line in {path}, got none")
+        raise ValueError(f"prompts: expected at least one line in {source}, got none")
     return prompts
 
 

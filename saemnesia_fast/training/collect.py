@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from saemnesia_fast.files import read_json, save_tensors, write_json
-from saemnesia_fast.training.sampling import Sampling, sample_activations
+from saemnesia_fast.files import remove_leftovers, save_tensors, write_json
+from saemnesia_fast.training.data import load_index, shard_shape
+from saemnesia_fast.training.sampling import Sampling, activation_shapes, sample_activations
 
 logger = logging.getLogger("saemnesia_fast")
 FORMAT = 1
@@ -25,6 +28,8 @@ class CollectConfig(Sampling):
 
     shard_bytes: int = 512 * 2**20
     """Largest size of a shard, unless one call of the pipeline alone needs more."""
+    check_disk: bool = True
+    """Refuse to start where the disk has no room for all the activations."""
 
 
 def collect_activations(
@@ -40,10 +45,10 @@ def collect_activations(
     A shard `<hook point>/<number>.safetensors` holds whole prompts: `activations` [maps, H*W, d] float16, with
     `timesteps` [maps] int64 and `prompts` [maps] int64 (index into the prompts), one map for each prompt and UNet
     call. `index.json` lists the shards, the prompts and the sampling. A call on an interrupted folder continues after
-    the last complete shard and gives the files that the uninterrupted run gives.
+    the last complete shard and gives the files that the uninterrupted run gives. The disk need is logged first.
 
-    FileExistsError where `out_dir` holds a finished set; ValueError where it holds another one, or where activations
-    are not finite in float16.
+    FileExistsError where `out_dir` holds a finished set; ValueError where it holds another or a damaged one, or where
+    activations are not finite in float16; OSError where they do not fit on the disk.
     """
     config = config or CollectConfig()
     folder = Path(out_dir)
@@ -52,9 +57,11 @@ def collect_activations(
     if not hook_points or isinstance(hook_points, str) or len(set(hook_points)) < len(hook_points):
         raise ValueError(f"hook_points: expected a non-empty list of distinct names, got {hook_points!r}")
     index = _open_index(folder, _describe(pipe, prompts, hook_points, config))
-
-    shards = {name: index["hook_points"][name]["shards"] for name in hook_points}
-    done = sum(shard["prompts"] for shard in shards[hook_points[0]])
+    done = _prompts_done(folder, index)
+    _check_room(folder, activation_shapes(pipe, hook_points, config), len(prompts) - done, config.check_disk)
+    for written in (folder, *(folder / name for name in hook_points)):
+        remove_leftovers(written)
+    write_json(folder / "index.json", index)
     if done:
         logger.info("collect: continuing at prompt %d of %d in %s", done, len(prompts), folder)
     held = _Shard(done)
@@ -121,7 +128,7 @@ def _describe(pipe: Any, prompts: Sequence[str], hook_points: Sequence[str], con
         "format": FORMAT,
         "model": str(pipe.name_or_path or ""),
         "scheduler": type(pipe.scheduler).__name__,
-        "sampling": {f.name: getattr(config, f.name) for f in fields(CollectConfig)},
+        "sampling": {f.name: getattr(config, f.name) for f in fields(CollectConfig) if f.name != "check_disk"},
         "hook_points": list(hook_points),
         "prompts": list(prompts),
     }
@@ -130,20 +137,49 @@ def _describe(pipe: Any, prompts: Sequence[str], hook_points: Sequence[str], con
 def _open_index(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """The index to continue from, new or of an interrupted run of the same description."""
     path = folder / "index.json"
-    if path.exists():
-        index = read_json(path)
-        if index["finished"]:
-            raise FileExistsError(f"out_dir: {folder} holds a finished set of activations; choose another folder")
-        found = index | {"hook_points": list(index["hook_points"])}
-        different = [key for key in wanted if found.get(key) != wanted[key]]
-        if different:
-            raise ValueError(f"out_dir: {folder} holds an interrupted set with another {', '.join(different)}")
-        return index
-    entries: dict[str, Any] = {name: {"shards": []} for name in wanted["hook_points"]}
-    index = wanted | {"hook_points": entries, "finished": False}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, index)
+    if not path.exists():
+        return wanted | {"hook_points": {name: {"shards": []} for name in wanted["hook_points"]}, "finished": False}
+    index = load_index(path)
+    if index["finished"]:
+        raise FileExistsError(f"out_dir: {folder} holds a finished set of activations; choose another folder")
+    found = index | {"hook_points": list(index["hook_points"])}
+    different = [key for key in wanted if found.get(key) != wanted[key]]
+    if different:
+        raise ValueError(f"out_dir: {folder} holds an interrupted set with another {', '.join(different)}")
     return index
+
+
+def _prompts_done(folder: Path, index: dict[str, Any]) -> int:
+    """How many prompts the shards hold; ValueError where one of them is not whole."""
+    entries = index["hook_points"].values()
+    for entry in entries:
+        for shard in entry["shards"]:
+            shard_shape(folder / shard["file"], shard["tokens"])
+    return min(sum(shard["prompts"] for shard in entry["shards"]) for entry in entries)
+
+
+def _check_room(folder: Path, shapes: dict[str, tuple[int, int, int]], prompts: int, refuse: bool) -> None:
+    """Log the bytes that the activations of `prompts` prompts need; OSError where the disk has fewer."""
+    bytes_per_prompt = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
+    for name, (calls, tokens, d) in shapes.items():
+        content = f"{calls} maps x {tokens} tokens x {d} channels x 2 bytes"
+        logger.info("collect: %s a prompt at %s (%s)", _size(bytes_per_prompt[name]), name, content)
+    needed = prompts * sum(bytes_per_prompt.values())
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    logger.info("collect: %s for %d prompts, %s free in %s", _size(needed), prompts, _size(free), existing)
+    if refuse and needed > free:
+        advice = "give fewer prompts or steps, another folder, or check_disk=False to start all the same"
+        raise OSError(f"out_dir: {prompts} prompts need {_size(needed)}, {existing} has {_size(free)} free; {advice}")
+
+
+def _size(number: float) -> str:
+    """Bytes for people: 32.8 MB."""
+    units = iter(("bytes", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while number >= 1000 and unit != "TB":
+        number, unit = number / 1000, next(units)
+    return f"{number:.{0 if unit == 'bytes' else 1}f} {unit}"
 
 
 def _to_half(x: Tensor, hook_point: str, first_prompt: int) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Fields that may differ between the run that wrote a checkpoint and the run that continues it.
-RUNTIME_FIELDS = frozenset({"out_dir", "device", "resume", "checkpoint_every", "log_every", "log_to", "progress"})
+RUNTIME_FIELDS = frozenset({"out_dir", "device", "resume", "checkpoint_every", "keep_checkpoints", "on_bad_batch"})
+RUNTIME_FIELDS |= {"log_every", "log_to", "progress"}
 
 
 @dataclass(kw_only=True)
@@ -18,7 +19,7 @@ class TrainConfig:
     """
 
     out_dir: Path | None = None
-    """Folder for the checkpoint, the metrics and the finished SAE; without one nothing is written."""
+    """Folder for the checkpoints, the metrics and the finished SAE; without one nothing is written."""
     hook_point: str = "sae"
     """Where the activations come from; names the SAE's folder inside out_dir."""
     num_latents: int | None = None
@@ -52,9 +53,13 @@ class TrainConfig:
     device: str | None = None
     """Where to train; default: cuda where there is one, else cpu."""
     resume: bool = False
-    """Continue from the checkpoint in out_dir; start afresh where there is none."""
+    """Continue from the newest whole checkpoint in out_dir; start afresh where there is none."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; 0 writes only the last one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep, besides the one with the lowest mean FVU over the steps since the one before it."""
+    on_bad_batch: Literal["raise", "skip"] = "raise"
+    """What to do with a batch of NaN or inf, or without variance; a skipped one takes a step and changes nothing."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     log_to: tuple[str, ...] = ()
@@ -69,6 +74,7 @@ class TrainConfig:
             raise ValueError("out_dir: expected a folder when resume or log_to is given, got None")
         at_least = {"num_latents": 1, "expansion_factor": 1, "k": 1, "steps": 1, "micro_batches": 1, "log_every": 1}
         at_least |= {"warmup_steps": 0, "auxk_alpha": 0, "checkpoint_every": 0, "dead_after": 1}
+        at_least |= {"keep_checkpoints": 1}
         for name, lowest in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= lowest:
@@ -76,6 +82,8 @@ class TrainConfig:
         for name in ("lr", "adam_eps", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        if self.on_bad_batch not in ("raise", "skip"):
+            raise ValueError(f"on_bad_batch: expected raise or skip, got {self.on_bad_batch!r}")
         unknown = set(self.log_to) - {"tensorboard", "wandb"}
         if unknown:
             raise ValueError(f"log_to: expected tensorboard or wandb, got {sorted(unknown)}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from saemnesia_fast.files import write_atomic
+from saemnesia_fast.files import naming_full_disk, write_atomic
 
 
 class MetricsLog(Protocol):
@@ -25,10 +25,14 @@ class JsonLines:
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             write_atomic(path, "".join(line for line in lines if _step_of(line) <= step).encode())
-        self._file = path.open("a", buffering=1)
+        self._path = path
+        self._file = path.open("ab", buffering=0)
 
     def write(self, metrics: Mapping[str, float]) -> None:
-        self._file.write(json.dumps(dict(metrics)) + "\n")
+        line = (json.dumps(dict(metrics)) + "\n").encode()
+        with naming_full_disk(self._path):
+            while line:
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()

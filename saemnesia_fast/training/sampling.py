@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -39,15 +39,20 @@ class Sampling:
 
 
 def sample_activations(
-    pipe: Any, prompts: Sequence[str], first_seed: int, hook_points: Sequence[str], sampling: Sampling
+    pipe: Any,
+    prompts: Sequence[str],
+    first_seed: int,
+    hook_points: Sequence[str],
+    sampling: Sampling,
+    device: str | torch.device = "cpu",
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run `prompts` (B of them) once, prompt i from the noise of first_seed + i, without decoding the images.
 
-    Returns {hook point: activations [B, T, H*W, d] on the CPU, in the pipeline's dtype} and the timestep values [T]
-    int64, one for each UNet call.
+    Returns {hook point: activations [B, T, H*W, d] on `device`, in the pipeline's dtype} and the timestep values [T]
+    int64 on the CPU, one for each UNet call.
     """
     calls: dict[str, list[Tensor]] = {name: [] for name in hook_points}
-    timesteps: list[int] = []
+    timesteps: list[Tensor] = []
 
     def keep(hook_point: str, activation: Tensor, timestep: Tensor) -> None:
         if pipe.do_classifier_free_guidance:
@@ -55,9 +60,9 @@ def sample_activations(
         if len(activation) != len(prompts):
             got = f"{len(activation)} rows at {hook_point}"
             raise ValueError(f"prompts: expected one conditional row for each of {len(prompts)} prompts, got {got}")
-        calls[hook_point].append(activation.detach().flatten(2).transpose(1, 2).cpu())
+        calls[hook_point].append(activation.detach().flatten(2).transpose(1, 2).to(device))
         if hook_point == hook_points[0]:
-            timesteps.append(int(timestep))
+            timesteps.append(timestep)
 
     size = {name: value for name in ("height", "width") if (value := getattr(sampling, name)) is not None}
     with _without_progress_bar(pipe), capture(pipe, hook_points, keep, stream=sampling.stream):
@@ -69,7 +74,16 @@ def sample_activations(
             output_type="latent",
             **size,
         )
-    return {name: torch.stack(parts, dim=1) for name, parts in calls.items()}, torch.tensor(timesteps)
+    return {name: torch.stack(parts, dim=1) for name, parts in calls.items()}, torch.stack(timesteps).cpu()
+
+
+def activation_shapes(pipe: Any, hook_points: Sequence[str], sampling: Sampling) -> dict[str, tuple[int, int, int]]:
+    """{hook point: (T, H*W, d)} of one prompt, from two denoising steps of an empty prompt."""
+    short = replace(sampling, num_inference_steps=2)
+    activations, _ = sample_activations(pipe, [""], 0, hook_points, short)
+    pipe.scheduler.set_timesteps(sampling.num_inference_steps)
+    calls = len(pipe.scheduler.timesteps)
+    return {name: (calls, *x.shape[2:]) for name, x in activations.items()}
 
 
 @contextmanager

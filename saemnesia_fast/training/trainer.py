@@ -5,23 +5,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from saemnesia_fast.files import write_json
+from saemnesia_fast.files import remove_leftovers, write_json
 from saemnesia_fast.sae import SAEConfig, TopKSAE
-from saemnesia_fast.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from saemnesia_fast.training.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    load_newest_checkpoint,
+    save_checkpoint,
+)
 from saemnesia_fast.training.config import TrainConfig
 from saemnesia_fast.training.loss import LossOutput, sae_loss, total_variance
 from saemnesia_fast.training.metrics import MetricsLog, open_logs
 from saemnesia_fast.training.optim import geometric_median, learning_rate, normalize_rows, remove_parallel_gradient
 
 logger = logging.getLogger("saemnesia_fast")
-CHECKPOINT_NAME = "checkpoint.safetensors"
+CHECKPOINTS = "checkpoints"
 
 
 class TokenBatches(Protocol):
@@ -34,6 +40,10 @@ class TokenBatches(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iter() start at that position."""
+
+
+class BadBatch(ValueError):
+    """Tokens that cannot be trained on; nothing has changed."""
 
 
 class StepMetrics(NamedTuple):
@@ -61,6 +71,7 @@ class Trainer:
         self.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.step = 0
         self.tokens = 0
+        self.skipped = 0
         self.seconds = 0.0
         steps = config.steps or _steps_of_one_pass(data)
         if config.warmup_steps >= steps:
@@ -70,14 +81,13 @@ class Trainer:
         self.sae: TopKSAE | None = None
         self._optimizer: torch.optim.Optimizer
         self._tokens_since_fired: Tensor
-        found = [] if self.folder is None else [path.name for path in self.folder.glob("*.safetensors")]
-        if config.resume and self._checkpoint_path is not None and CHECKPOINT_NAME in found:
-            self._restore(self._checkpoint_path)
-            return
-        if found:
-            advice = "resume or choose another folder" if CHECKPOINT_NAME in found else "choose another folder"
-            raise FileExistsError(f"out_dir: {self.folder} holds {', '.join(sorted(found))}; {advice}")
-        if sae is not None:
+        self._saved_step = -1
+        self._fvu_sum: Tensor
+        self._fvu_steps: int
+        self._start_fvu_window()
+        if self.folder is not None and self._found(self.folder):
+            self._restore(self.folder / CHECKPOINTS)
+        elif sae is not None:
             self._adopt(sae)
 
     def fit(self) -> TopKSAE:
@@ -85,23 +95,24 @@ class Trainer:
         logs = self._open_logs()
         started = time.monotonic() - self.seconds
         batches = iter(self.data)
-        try:
-            with tqdm(total=self.steps, initial=self.step, unit="step", disable=not self.config.progress) as bar:
-                while self.step < self.steps:
-                    metrics = self.train_step(self._next(batches))
-                    self.seconds = time.monotonic() - started
-                    bar.update()
-                    if self.step % self.config.log_every == 0 or self.step == self.steps:
-                        numbers = self._numbers(metrics)
-                        bar.set_postfix(fvu=f"{numbers['fvu']:.4f}", dead=numbers["dead"])
-                        for log in logs:
-                            log.write(numbers)
-                    every = self.config.checkpoint_every
-                    if every and self.step % every == 0 and self.step < self.steps:
-                        self.save_checkpoint()
-        finally:
-            for log in logs:
-                log.close()
+        with ExitStack() as stack:
+            for resource in (*logs, batches):
+                stack.callback(getattr(resource, "close", lambda: None))
+            bar = stack.enter_context(
+                tqdm(total=self.steps, initial=self.step, unit="step", disable=not self.config.progress)
+            )
+            while self.step < self.steps:
+                metrics = self._train_or_skip(self._next(batches))
+                self.seconds = time.monotonic() - started
+                bar.update()
+                if self.step % self.config.log_every == 0 or self.step == self.steps:
+                    numbers = self._numbers(metrics)
+                    bar.set_postfix({name: numbers[name] for name in ("fvu", "dead", "skipped") if name in numbers})
+                    for log in logs:
+                        log.write(numbers)
+                every = self.config.checkpoint_every
+                if every and self.step % every == 0 and self.step < self.steps:
+                    self.save_checkpoint()
         return self._finish()
 
     def train_step(self, batch: Tensor) -> StepMetrics:
@@ -109,8 +120,8 @@ class Trainer:
         config = self.config
         x = self._prepare(batch)
         variance = total_variance(x)
-        if not variance > 0:
-            raise ValueError(f"data: batch {self.step} has no variance: all tokens are equal")
+        if not 0 < variance < torch.inf:
+            raise BadBatch(f"data: batch {self.step} has a total variance of {variance.item():.4g}")
         sae = self.sae or self._create(x)
         dead = self._tokens_since_fired >= config.dead_after
         self._optimizer.zero_grad()
@@ -127,7 +138,9 @@ class Trainer:
             )
             part.loss.backward()
             parts.append(part)
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_norm, error_if_nonfinite=True)
+        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_norm)
+        if not norm.isfinite():
+            raise BadBatch(f"data: batch {self.step} has a gradient that is not finite")
         if sae.cfg.normalize_decoder and sae.W_dec.grad is not None:
             remove_parallel_gradient(sae.W_dec, sae.W_dec.grad)
         for group in self._optimizer.param_groups:
@@ -139,17 +152,21 @@ class Trainer:
         whole = LossOutput(*(torch.stack(columns).detach().sum(0) for columns in zip(*parts, strict=True)))
         fired = whole.fired > 0
         self._tokens_since_fired = torch.where(fired, 0, self._tokens_since_fired + len(x))
+        self._fvu_sum = self._fvu_sum + whole.fvu
+        self._fvu_steps += 1
         self.step += 1
         self.tokens += len(x)
         return StepMetrics(whole.loss, whole.fvu, whole.auxk, dead=dead.sum(), l0=whole.firings / len(x))
 
     def save_checkpoint(self) -> None:
-        """Write all that `resume` needs to out_dir; does nothing without one."""
-        if self._checkpoint_path is None or self.sae is None:
+        """Write all that `resume` needs to out_dir; does nothing without one, or before the first SAE."""
+        if self.folder is None or self.sae is None:
             return
         state = {
             "step": self.step,
             "tokens": self.tokens,
+            "skipped": self.skipped,
+            "fvu": self._fvu_sum.item() / self._fvu_steps if self._fvu_steps else None,
             "seconds": self.seconds,
             "data": self.data.state_dict(),
             "recipe": self._recipe(),
@@ -158,15 +175,29 @@ class Trainer:
         adam = self._optimizer.state_dict()["state"]
         rng = torch.get_rng_state()
         checkpoint = Checkpoint(self.sae.state_dict(), adam, self._tokens_since_fired, rng, state)
-        save_checkpoint(self._checkpoint_path, checkpoint)
+        save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.keep_checkpoints)
+        self._saved_step = self.step
+        self._start_fvu_window()
 
-    @property
-    def _checkpoint_path(self) -> Path | None:
-        return None if self.folder is None else self.folder / CHECKPOINT_NAME
+    def _start_fvu_window(self) -> None:
+        """Forget the FVUs whose mean the next checkpoint is rated by."""
+        self._fvu_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._fvu_steps = 0
 
-    def _restore(self, path: Path) -> None:
-        """Take up the run that wrote the checkpoint; a ValueError where its recipe is another."""
-        saved = load_checkpoint(path, self.device)
+    def _found(self, folder: Path) -> bool:
+        """Whether to continue a run in `folder`; FileExistsError where it holds one that must not be overwritten."""
+        weights = sorted(path.name for path in folder.glob("*.safetensors"))
+        if list_checkpoints(folder / CHECKPOINTS):
+            if self.config.resume:
+                return True
+            raise FileExistsError(f"out_dir: {folder} holds {CHECKPOINTS}; resume or choose another folder")
+        if weights:
+            raise FileExistsError(f"out_dir: {folder} holds {', '.join(weights)}; choose another folder")
+        return False
+
+    def _restore(self, folder: Path) -> None:
+        """Take up the run that wrote the newest whole checkpoint; a ValueError where its recipe is another."""
+        path, saved = load_newest_checkpoint(folder, self.device)
         recipe = self._recipe()
         different = sorted(name for name in recipe if saved.state["recipe"].get(name) != recipe[name])
         if different:
@@ -178,7 +209,9 @@ class Trainer:
         self._adopt(sae)
         self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": saved.adam})
         self._tokens_since_fired = saved.tokens_since_fired
-        self.step, self.tokens, self.seconds = (saved.state[name] for name in ("step", "tokens", "seconds"))
+        for name in ("step", "tokens", "skipped", "seconds"):
+            setattr(self, name, saved.state[name])
+        self._saved_step = self.step
         self.data.load_state_dict(saved.state["data"])
         torch.set_rng_state(saved.rng)
         logger.info("train: continuing at step %d of %d from %s", self.step, self.steps, path)
@@ -204,6 +237,18 @@ class Trainer:
         self._tokens_since_fired = torch.zeros(sae.num_latents, dtype=torch.int64, device=self.device)
         return sae
 
+    def _train_or_skip(self, batch: Tensor) -> StepMetrics | None:
+        """The step's metrics; None where the batch was bad and is to be skipped: a step that changes nothing."""
+        try:
+            return self.train_step(batch)
+        except BadBatch as error:
+            if self.config.on_bad_batch == "raise":
+                raise BadBatch(f"{error}; on_bad_batch='skip' leaves such batches out") from error
+            logger.warning("train: skipped: %s", error)
+        self.step += 1
+        self.skipped += 1
+        return None
+
     def _next(self, batches: Iterator[Tensor]) -> Tensor:
         try:
             return next(batches)
@@ -220,7 +265,7 @@ class Trainer:
         if not x.isfinite().all():
             rows = (~x.isfinite().all(1)).nonzero().squeeze(1)
             where = f"{len(rows)} tokens of batch {self.step}, first in row {int(rows[0])}"
-            raise ValueError(f"data: NaN or inf in {where}")
+            raise BadBatch(f"data: NaN or inf in {where}")
         return x
 
     def _learning_rate(self) -> float:
@@ -233,21 +278,28 @@ class Trainer:
         if self.folder is None:
             return []
         self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self.folder / CHECKPOINTS):
+            remove_leftovers(folder)
         return open_logs(self.folder, self.config.log_to, self._recipe(), self.step)
 
-    def _numbers(self, metrics: StepMetrics) -> dict[str, float]:
-        """A line of metrics.jsonl; lr is the rate that the step used."""
-        lr = self._optimizer.param_groups[0]["lr"]
-        numbers = {name: value.item() for name, value in metrics._asdict().items()}
-        return {"step": self.step, **numbers, "lr": lr, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
+    def _numbers(self, metrics: StepMetrics | None) -> dict[str, float]:
+        """A line of metrics.jsonl; lr is the rate that the step used. A skipped step has neither."""
+        numbers: dict[str, float] = {"step": self.step}
+        if metrics is not None:
+            numbers |= {name: value.item() for name, value in metrics._asdict().items()}
+            numbers["lr"] = self._optimizer.param_groups[0]["lr"]
+        return numbers | {"tokens": self.tokens, "skipped": self.skipped, "seconds": round(self.seconds, 3)}
 
     def _finish(self) -> TopKSAE:
-        # At least one step is done, so the first batch or the checkpoint made the SAE.
-        sae = cast(TopKSAE, self.sae).requires_grad_(False)
+        if self.sae is None:
+            raise ValueError(f"data: all of the {self.steps} batches were skipped")
+        sae = self.sae.requires_grad_(False)
         if self.folder is not None:
-            self.save_checkpoint()
+            if self._saved_step != self.step:
+                self.save_checkpoint()
             sae.save_pretrained(self.folder)
-            summary = {"recipe": self._recipe(), "tokens": self.tokens, "seconds": round(self.seconds, 3)}
+            summary = {"recipe": self._recipe(), "tokens": self.tokens, "skipped": self.skipped}
+            summary["seconds"] = round(self.seconds, 3)
             write_json(self.folder / "training.json", summary)
         return sae
 
@@ -255,8 +307,9 @@ class Trainer:
 def train_sae(config: TrainConfig, data: TokenBatches, sae: TopKSAE | None = None) -> TopKSAE:
     """Train a new SAE, or `sae` in place, on batches [M, d] from `data`, and return it.
 
-    FileExistsError where out_dir holds an earlier run and `resume` is not set; ValueError for tokens that are not
-    finite, do not match the SAE, or end too early, and where a resumed run's recipe is not that of its checkpoint.
+    FileExistsError where out_dir holds an earlier run and `resume` is not set; ValueError for tokens that do not match
+    the SAE, end too early, or are not finite (unless `on_bad_batch` skips these), where a resumed run's recipe is not
+    that of its checkpoint, and where no checkpoint is whole.
     """
     return Trainer(config, data, sae).fit()
 

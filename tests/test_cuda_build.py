@@ -1,0 +1,235 @@
+"""csrc/cuda as nvcc compiles it: no warning, no spill, every architecture; and what it computes on a GPU."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pairs import call, random_terms
+from saemnesia_fast import ops
+from saemnesia_fast.ops import LatentGradients, backend, cuda_backend, reference
+from weights import random_tokens, random_weights, same_bits
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+NVCC = shutil.which("nvcc", path=TOOLKIT / "bin") or shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+MOST_REGISTERS = 128
+
+
+@pytest.fixture(scope="module")
+def setup() -> dict[str, Any]:
+    """What setup.py defines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **arguments: None)
+        patch.setenv("SAEMNESIA_FAST_BUILD", "0")
+        patch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        patch.chdir(ROOT)
+        return runpy.run_path("setup.py")
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["latent_gradients", "adam_rows"])
+def test_compiles_for_every_architecture_without_warning_or_spill(
+    setup: dict[str, Any], source: str, tmp_path: Path
+) -> None:
+    flags = [*setup["nvcc_flags"](), "--threads=0", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v"]
+    command = [NVCC, *flags, "-c", ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", tmp_path / "object.o"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    entries = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", done.stderr)
+    assert {architecture for _, architecture in entries} == set(setup["ARCHITECTURES"])
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert len(spills) >= len(entries) > 0
+    assert {numbers for spill in spills for numbers in spill[1:]} == {"0"}
+    ours = [int(used) for name, used in _registers(done.stderr) if "cub" not in name]
+    assert 0 < max(ours) <= MOST_REGISTERS, max(ours)
+
+
+def _registers(log: str) -> Iterator[tuple[str, str]]:
+    for part in log.split("Compiling entry function '")[1:]:
+        used = re.search(r"Used (\d+) registers", part)
+        assert used
+        yield part.split("'")[0], used.group(1)
+
+
+@needs_nvcc
+def test_ops_compile_on_the_stable_abi_alone(setup: dict[str, Any], tmp_path: Path) -> None:
+    """Of torch only what every release from 2.10 on has, and no C++ symbol of it."""
+    macros = [f"-D{name}{'' if value is None else '=' + value}" for name, value in setup["MACROS"]]
+    paths = [f"-I{Path(torch.__file__).parent / 'include'}", f"-I{TOOLKIT / 'include'}"]
+    library = tmp_path / "ops.o"
+    command = ["g++", *setup["FLAGS"], "-fPIC", "-Wall", "-Werror", "-DUSE_CUDA", *macros, *paths]
+    command += ["-c", str(ROOT / "csrc" / "cuda" / "ops.cpp"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = subprocess.run(["nm", "-C", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    assert "aoti_torch_get_current_cuda_stream" in names
+    assert not re.search(r"\b(at|c10|torch)::", names)
+
+
+SETUP = """
+import runpy, setuptools, torch
+torch.version.cuda = {cuda!r}
+setuptools.setup = lambda **arguments: print([module.name for module in arguments.get("ext_modules", [])])
+runpy.run_path("setup.py")
+"""
+
+
+def modules(cuda: str | None, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {key: value for key, value in os.environ.items() if key not in ("FORCE_CUDA", "CUDA_HOME")}
+    command = [sys.executable, "-P", "-c", SETUP.format(cuda=cuda)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables | environment)
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("cuda", "environment", "built"),
+    [
+        (None, {}, False),
+        ("13.0", {}, True),
+        (None, {"FORCE_CUDA": "1"}, True),
+        ("13.0", {"FORCE_CUDA": "0"}, False),
+        ("13.0", {"SAEMNESIA_FAST_BUILD": "0"}, None),
+    ],
+)
+def test_is_built_where_torch_has_cuda_and_there_is_a_toolkit(
+    cuda: str | None, environment: dict[str, str], built: bool | None
+) -> None:
+    """Never by whether a GPU is there."""
+    names = [] if built is None else ["saemnesia_fast._C", *(["saemnesia_fast._C_cuda"] if built else [])]
+    assert modules(cuda, **environment).stdout.splitlines()[-1] == str(names)
+
+
+def test_architectures_can_be_chosen(setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0;12.0+PTX")
+    flags = setup["nvcc_flags"]()
+    assert flags[-3:] == [
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+
+
+def test_an_absent_extension_says_how_to_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda_backend, "import_module", lost)
+    cuda_backend.extension.cache_clear()
+    refusal = cuda_backend._refuse(device)
+    assert refusal == backend.Refusal(
+        "the CUDA extension is not built: install from source with CUDA_HOME set to a CUDA toolkit", missed=True
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    refusal = cuda_backend._refuse(device)
+    assert refusal is not None and not refusal.missed and "8.0, not 7.5" in refusal.reason
+    assert cuda_backend._refuse(torch.device("cpu")) == backend.Refusal("needs an NVIDIA GPU", missed=False)
+    cuda_backend.extension.cache_clear()
+
+
+@pytest.fixture
+def _cuda() -> Iterator[None]:
+    with ops.use_backend("cuda"):
+        yield
+
+
+D, N, M, K = 1280, 20480, 4096, 32
+Step = tuple[list[ops.PairTerms], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def full_step(dtype: torch.dtype) -> Step:
+    """Terms and (x, W_dec, b_dec, W_enc) of SD 1.5, latent 3 on every token."""
+    weights, W_dec = random_weights(D, N, torch.float32)
+    x = random_tokens(M, D, dtype=torch.float32)
+    terms = random_terms(x, N, (K, 2))
+    terms[0].indices[:, 0], terms[0].values[:, 0] = 3, 0.5
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to("cuda", dtype if tensor.is_floating_point() else tensor.dtype)
+
+    terms = [term._replace(**{n: moved(t) for n, t in term._asdict().items() if n != "adds_b_dec"}) for term in terms]
+    arguments = (x, W_dec / D**0.5, weights.b_dec, weights.W_enc / D**0.5)
+    return terms, tuple(t.to("cuda", dtype) for t in arguments)  # type: ignore[return-value]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gpu_errs_no_more_than_eager(dtype: torch.dtype) -> None:
+    terms, arguments = full_step(dtype)
+    got = call(terms, *arguments)
+    with ops.use_backend("eager"):
+        eager = call(terms, *arguments)
+        wide = [t._replace(values=t.values.double(), grad_x_hat=t.grad_x_hat.double()) for t in terms]
+        wide = [t if t.extra_d_value is None else t._replace(extra_d_value=t.extra_d_value.double()) for t in wide]
+        exact = call(wide, *(t.double() for t in arguments))
+    for ours, theirs, want in zip(got, eager, exact, strict=True):
+        floor = torch.finfo(torch.float32).eps * want.abs().max()
+        assert (ours - want).abs().max() <= 2 * (theirs - want).abs().max() + floor
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+def test_gpu_repeats_bit_for_bit_and_in_a_graph() -> None:
+    terms, arguments = full_step(torch.float32)
+    first = call(terms, *arguments)
+    assert all(same_bits(a, b) for a, b in zip(first, call(terms, *arguments), strict=True))
+    out = LatentGradients(*(torch.zeros_like(gradient) for gradient in first))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(terms, *arguments, out=out)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(terms, *arguments, out=out)
+    for gradient in out:
+        gradient.zero_()
+    graph.replay()
+    assert all(same_bits(a, b) for a, b in zip(out, first, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+@pytest.mark.parametrize(("d", "n", "m"), [(7, 30, 9), (130, 50, 2500), (1, 1, 1)])
+def test_gpu_is_exact_on_whole_numbers(d: int, n: int, m: int) -> None:
+    weights, W_dec = random_weights(d, n, torch.float32, integer=True)
+    x = random_tokens(m, d, dtype=torch.float32, integer=True)
+    terms = random_terms(x, n, (4, 2, 3), integer=True)
+    want = reference.latent_gradients(terms, x, W_dec, weights.b_dec, weights.W_enc)
+    moved = [t._replace(**{n: v.cuda() for n, v in t._asdict().items() if isinstance(v, Tensor)}) for t in terms]
+    got = call(moved, *(t.cuda() for t in (x, W_dec, weights.b_dec, weights.W_enc)))
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_gpu_adam_rows_equals_the_reference(moments: torch.dtype) -> None:
+    def steps(run: Callable[..., None], device: str) -> list[Tensor]:
+        W, grad = (random_tokens(64, D, dtype=torch.float32, seed=seed).to(device) for seed in (1, 2))
+        state = [torch.zeros_like(W, dtype=moments), torch.ones_like(W, dtype=moments)]
+        for step in (1, 2):
+            run(W, grad, *state, None, None, step, 1e-2, 0.9, 0.999, 1e-9, True, True)
+        return [tensor.cpu() for tensor in (W, *state)]
+
+    with ops.use_backend("cuda"):
+        got = steps(torch.ops.saemnesia_fast.adam_rows, "cuda")
+    want = steps(reference.adam_rows, "cpu")
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=2e-5 if moments == torch.float32 else 1e-2 / 64)
+    for ours, theirs in zip(got[1:], want[1:], strict=True):
+        assert ((ours - theirs).abs() <= 1e-2 * theirs.abs() + 1e-6).all()
