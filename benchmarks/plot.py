@@ -112,7 +112,7 @@ def _panel(axis, title: str, cases: dict[str, list[Row]]) -> None:
 def _figures(row: Row) -> str:
     """Duration, and how many times as fast as the baseline."""
     ratio = row.vs_baseline if row.provider != row.baseline else None
-    return _duration(row.p50_us) + (f", {ratio:.2g}x" if ratio else "")
+    return _duration(row.p50_us) + (f", {ratio:.3g}x" if ratio else "")
 
 
 def _colour(provider: str) -> str:
