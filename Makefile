@@ -11,7 +11,7 @@ export PYTHONSAFEPATH := 1
 TORCH = torch==2.13.0$(if $(CPU_LINUX),+cpu triton==3.6.0)
 CPU_LINUX = $(shell [ "$$(uname)" = Linux ] && ! nvidia-smi >/dev/null 2>&1 && echo yes)
 
-.PHONY: demo test lint bench gpu minicanvas clean
+.PHONY: demo test soak lint bench gpu minicanvas clean
 
 demo: $(READY)
 	$(BIN)/saemnesia-fast demo --out demo $(ARGS)
@@ -19,6 +19,10 @@ demo: $(READY)
 # Tests are small: two processes of one thread each are faster than one of two. A file's tests share what they make.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+# Training and collecting killed at 50 random moments instead of 10.
+soak: $(READY)
+	SAEMNESIA_FAST_KILLS=50 $(BIN)/pytest tests/test_never_loses_work.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

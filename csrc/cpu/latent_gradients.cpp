@@ -16,6 +16,8 @@ namespace {
 constexpr int64_t kShared = 1024;
 // Rows that are summed one after another.
 constexpr int64_t kRows = 128;
+// Latents for which memory is asked ahead of time.
+constexpr int64_t kAhead = 2;
 
 // The pairs that have a value or an extra term, sorted by latent and else as they came; those of latent i begin at
 // starts[i].
@@ -56,6 +58,9 @@ class WideRows {
         d_(matrix.size(1)),
         own_(lies_wide() ? 0 : most * d_) {}
 
+  // Row i if it need not be widened, else null.
+  const T* lies(int64_t i) const { return lies_wide() ? reinterpret_cast<const T*>(data_) + i * d_ : nullptr; }
+
   const T* operator()(int64_t first, int64_t count) const {
     const char* const rows = data_ + first * d_ * size_of(storage_);
     if (lies_wide()) {
@@ -74,23 +79,24 @@ class WideRows {
   Buffer<T> own_;
 };
 
-// Fetches the rows of the first pairs of a latent.
+// Fetches what a latent needs: its rows, and those of its first pairs.
 template <typename T>
-void prefetch(const LatentJob<T>& job, int64_t latent) {
-  constexpr int64_t kPairs = 4, kLine = 64;
-  const int64_t first = job.starts[latent], last = std::min(job.starts[latent + 1], first + kPairs);
+void prefetch(const LatentJob<T>& job, int64_t latent, const T* direction) {
+  constexpr int64_t kPairs = 4, kLine = 64 / sizeof(T);
+  const int64_t d = job.rows.d, first = job.starts[latent], last = std::min(job.starts[latent + 1], first + kPairs);
   const auto fetch = [&](const T* row) {
-    for (int64_t byte = 0; byte < job.rows.d * int64_t(sizeof(T)); byte += kLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 2);
+    for (int64_t c = 0; row && c < d; c += kLine) {
+      __builtin_prefetch(row + c, 0, 2);
     }
   };
+  fetch(direction);
   for (int64_t q = first; q < last; ++q) {
     const Pair<T>& pair = job.pairs[q];
-    fetch(job.rows.grads[pair.group] + pair.token * job.rows.d);
-    if (job.rows.x) {
-      fetch(job.rows.x + pair.token * job.rows.d);
-    }
+    fetch(job.rows.grads[pair.group] + pair.token * d);
+    fetch(job.rows.x ? job.rows.x + pair.token * d : nullptr);
   }
+  fetch(job.out(latent).dW_enc);
+  fetch(job.out(latent).dW_dec);
 }
 
 // W_dec is absent where `d_value` is to be left as it is.
@@ -117,9 +123,12 @@ void sum_latents(const LatentJob<T>& job, int64_t num_latents, const std::option
   const auto directions = [&] { return W_dec ? std::optional<WideRows<T>>(std::in_place, *W_dec, 1) : std::nullopt; };
   torch::stable::parallel_for(0, weight(num_latents), grain(2 * d), [&](int64_t begin, int64_t end) {
     const auto rows = directions();
-    for (int64_t i = latent_at(begin), last = latent_at(end); i < last; ++i) {
-      if (i + 1 < last) {
-        prefetch(job, i + 1);
+    int64_t ahead = latent_at(begin);
+    for (int64_t i = ahead, last = latent_at(end); i < last; ++i) {
+      for (; ahead < last && ahead <= i + kAhead; ++ahead) {
+        if (count(ahead)) {
+          prefetch(job, ahead, rows ? rows->lies(ahead) : nullptr);
+        }
       }
       if (count(i) <= kShared) {
         add_slopes(i, job.starts[i], job.starts[i + 1], rows);

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 import naive
 from saemnesia_fast import ops
-from saemnesia_fast.ops import reference, triton_backend, triton_product
-from saemnesia_fast.ops.triton_backend import encode_topk, erase, probe
+from saemnesia_fast.ops import encode_topk, erase, probe, reference, triton_backend, triton_product
 from triton_cases import (
     IN_INTERPRETER,
     MODES,
@@ -159,6 +158,16 @@ def test_zeros_and_what_is_nearly_zero(n, spread):
         assert_exact(*encode_topk(x, *weights, k, "exact"), x, weights, k)
     certain = weights._replace(b_enc=weights.b_enc - 10 * (torch.arange(n) % 20 > 0))
     assert_exact(*encode_topk(x, *certain, 32, "exact"), x, certain, 32)
+
+
+def test_zeros_for_which_the_list_has_no_room():
+    """63 of the 64 listed are barely below 0: of the lowest columns, which are 0 for sure, only one is listed."""
+    x, weights, _ = about_zero(20, 200, 0.0)
+    certain = torch.arange(200) < 137
+    weights = weights._replace(b_enc=weights.b_enc - torch.where(certain, 10.0, 1e-4))
+    values, indices = encode_topk(x, *weights, 3, "exact")
+    assert not values.any()
+    assert indices.tolist() == [[0, 1, 2]]
 
 
 def test_rows_of_very_different_norms():
