@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ("erase", "encode_topk", "unet", "hooks", "decode", "probe")
+OPS = ("erase", "encode_topk", "unet", "hooks", "decode", "probe", "latent_gradients")
 
 
 def ops(arguments: argparse.Namespace) -> None:

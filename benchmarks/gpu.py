@@ -50,11 +50,13 @@ class Session:
         self.path = path
         self.deadline = time.monotonic() + 60 * minutes
         self.environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+        capability = torch.cuda.get_device_capability()
+        self.environment.setdefault("TORCH_CUDA_ARCH_LIST", ".".join(map(str, capability)))
         self.record: dict[str, Any] = {
             **asdict(describe("cuda")),
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
-            "capability": list(torch.cuda.get_device_capability()),
+            "capability": list(capability),
             "parts": {},
             "tuning": {},
             "ceilings": {},

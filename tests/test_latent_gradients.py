@@ -244,6 +244,15 @@ def test_opcheck_of_its_parts(shape: tuple[int, ...]) -> None:
     torch.library.opcheck(library.gather_dot.default, (indices, W_dec, grad))
 
 
+def test_accumulation_can_be_compiled() -> None:
+    *arguments, W_enc, extra = step(9)
+    want = latent_gradients(*arguments, W_enc, extra)
+    out = LatentGradients(*(torch.ones_like(gradient) for gradient in want))
+    torch.compile(latent_gradients, backend="aot_eager", fullgraph=True)(*arguments, W_enc, extra, out=out)
+    for total, gradient in zip(out, want, strict=True):
+        torch.testing.assert_close(total, 1 + gradient, rtol=1e-12, atol=1e-12)
+
+
 def test_every_instruction_set_sums_in_the_same_order(each_backend: str) -> None:
     """So those that round a product and its sum once have the same bits; the baseline may round twice."""
     module = cpu_backend.extension()

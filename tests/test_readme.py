@@ -19,7 +19,7 @@ FILES = list(render.FIGURES)
 MACHINE = {"machine": "a machine", "torch": "2.13.0", "commit": "abc"}
 
 
-@pytest.mark.parametrize(("name", "lines"), [("README.md", 150), ("docs/kernels.md", 120)])
+@pytest.mark.parametrize(("name", "lines"), [("README.md", 150), ("docs/kernels.md", 150)])
 def test_pages_are_short(name, lines):
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= lines
 
