@@ -100,6 +100,9 @@ def cases(architecture: int) -> Iterator[Case]:
     if architecture == 90:
         blocks = {"GROUP": 8, "BLOCK_R": 1, "BLOCK_G": 4096, "BLOCK_K": 256}
         yield Case("encode_topk.select_k256", select_kernel, half, blocks, 16)
+        blocks = {"BLOCK_L": 512, "BLOCK_R": 16}
+        types = {"flagged_x": "*fp16"}
+        yield Case("encode_topk.rescore_k256", rescore_kernel, single, {**CONTIGUOUS, **blocks}, 16, types=types)
         yield Case("encode_topk.maxima", maxima_kernel, half, {"GROUP": 32, "BLOCK_M": 16, "BLOCK_N": 256}, 4)
 
 

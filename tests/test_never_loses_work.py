@@ -97,6 +97,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 def straight(tmp_path_factory):
     """What the run leaves that nothing stops."""
     folder = tmp_path_factory.mktemp("straight")
+    torch.manual_seed(0)  # as before each test: checkpoints hold the generator's state
     run(folder)
     return outcome(folder)
 
@@ -104,7 +105,9 @@ def straight(tmp_path_factory):
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Any]:
     command = [sys.executable, str(Path(killable.__file__))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    paths = os.pathsep.join(filter(None, [str(Path(killable.__file__).parent), os.environ.get("PYTHONPATH")]))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
 
         def run_for(task: str, folder: Path, seconds: float) -> int:

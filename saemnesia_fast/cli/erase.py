@@ -50,6 +50,8 @@ class Erase:
     """What multiplies the strength: the concept's mean activation, nothing, or the norm of the token's latents."""
     stream: Literal["output", "residual"] = "output"
     """What the SAE reads: the module's output, or output - input."""
+    precision: Literal["default", "exact"] = "default"
+    """exact: float32 products are not rounded, whatever torch is set to."""
     steps: int = 50
     """Denoising steps."""
     guidance: float = 7.5
@@ -92,6 +94,7 @@ class Erase:
             percentile=self.percentile,
             scale=self.scale,
             stream=self.stream,
+            precision=self.precision,
         )
         self.out.mkdir(parents=True, exist_ok=True)
         with erasure:

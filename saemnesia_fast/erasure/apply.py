@@ -116,7 +116,14 @@ def apply_erasure(
         percentile=percentile,
         scale=scale,
         reselect=reselect,
-        settings={"mode": mode, "halves": halves, "start": start, "stop": stop, "stream": stream},
+        settings={
+            "mode": mode,
+            "halves": halves,
+            "start": start,
+            "stop": stop,
+            "stream": stream,
+            "precision": precision,
+        },
     )
     clock = Clock()
     window = _window(pipe, start, stop)

@@ -183,13 +183,14 @@ class Erasure:
 
     def verify_attached(self) -> None:
         """Raise RuntimeError if somebody took a hook out. Looks at the host only."""
-        attachments = {"time_proj": self._clock_attachment, **self._attachments} if self._attachments else {}
-        for name, attachment in attachments.items():
-            if attachment is not None and not attachment.in_place:
-                raise RuntimeError(
-                    f"the erasure's hook at {name} was taken out by somebody else, so images are not erased. "
-                    "Remove the erasure and apply it anew"
-                )
+        clock = self._clock_attachment
+        if (clock is None or clock.in_place) and all([one.in_place for one in self._attachments.values()]):
+            return
+        lost = [name for name, one in self._attachments.items() if not one.in_place] or ["time_proj"]
+        raise RuntimeError(
+            f"the erasure's hook at {lost[0]} was taken out by somebody else, so images are not erased. "
+            "Remove the erasure and apply it anew"
+        )
 
     def report(self) -> list[ConceptReport]:
         """Per hook point, image and erased concept: tokens seen, flagged and steered, mean activation, heat map.

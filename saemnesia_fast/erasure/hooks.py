@@ -66,7 +66,7 @@ class Attachment:
     def in_place(self) -> bool:
         """False once somebody else took the hook out of the registry."""
         registry = _registry(self.module)
-        return registry is not None and registry.get_hook(self.name) is self.hook
+        return registry is not None and registry.hooks.get(self.name) is self.hook
 
     def remove(self) -> None:
         """Take the hook out, and the registry and the module's own `forward` too where nothing else needs them.

@@ -119,13 +119,14 @@ class ErasurePoint:
         timesteps = self.clock.timesteps
         if timesteps is None:
             raise RuntimeError(f"{self.name}: the block ran outside a UNet call, so its timestep is unknown")
-        if output.shape[1] != self.d:
+        images, channels = output.shape[:2]
+        if channels != self.d:
             raise ValueError(
                 f"activation at {self.name}: expected [B, C={self.d}, H, W] to match the SAE's d, "
                 f"got {list(output.shape)}"
             )
         num_halves = None if self.cfg is None else 1 + int(self.cfg)
-        lines = self.tables.lookup(timesteps, output.shape[0], num_halves, self.conditional_only, self.window)
+        lines = self.tables.lookup(timesteps, images, num_halves, self.conditional_only, self.window)
         self.runs.add(output, tracing)
         tokens = output.permute(0, 2, 3, 1)
         if not tracing and self._may_write_over(output, block_input):

@@ -124,7 +124,7 @@ def encode_topk(
                     k,
                     num_listed,
                     BLOCK_L=_power_of_two(num_listed, 16),
-                    BLOCK_R=32,
+                    BLOCK_R=32 if num_listed <= 256 else 16,
                     num_warps=8 if num_listed <= 256 else 16,
                 )
     return values, indices
