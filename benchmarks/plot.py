@@ -76,7 +76,8 @@ def draw(source: Path, out: Path) -> None:
         "microseconds; bars p50, whiskers p20 to p80, dots the floor, x against the baseline", fontsize=7.5
     )
     last = rows[-1]
-    figure.suptitle(f"{last.machine}, {last.threads} threads, torch {last.torch}, {last.commit}", fontsize=9)
+    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
+    figure.suptitle(f"{last.machine}, {last.threads} threads, torch {last.torch}, {commits}", fontsize=9)
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
 

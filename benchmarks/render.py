@@ -106,7 +106,8 @@ def cpu_ops() -> str:
         lines.append(f"| {row.op} | {case} | {row.M} | {base} | {middle} ({low}-{high}) | {ratios} |")
     last = ours[-1]
     size, where = f"d = {last.d}, N = {last.N}, k = {last.k}, {last.dtype}", f"{last.machine}, {last.threads} threads"
-    lines += ["", f"{size}; {where}, torch {last.torch}, {last.commit}."]
+    commits = ", ".join(dict.fromkeys(row.commit for row in ours))
+    lines += ["", f"{size}; {where}, torch {last.torch}, {commits}."]
     if PLOT.exists():
         lines += ["", f"![Every op and provider](../{PLOT.relative_to(ROOT).as_posix()})"]
     return "\n".join(lines)
