@@ -353,25 +353,43 @@ def test_warmup_runs_the_edit_as_a_call_would_and_leaves_no_trace(monkeypatch, m
         erasure.warmup()
 
 
-def test_the_edit_is_written_over_the_blocks_own_output_where_nobody_needs_it(monkeypatch):
+@pytest.mark.parametrize(("options", "over"), [({}, True), ({"mode": "released"}, False), ({"record": True}, False)])
+def test_the_edit_is_written_over_the_blocks_own_output_where_nobody_needs_it(monkeypatch, options, over):
+    unet = tiny_unet()
+    with apply_erasure(unet, *sae_and_table(), "cat", **STRONG, **options) as erasure:
+        point, seen = erasure._points[HOOK_POINT], []
+        edit = point._erase
+
+        def spy(x, *arguments, in_place=False):
+            given = x.clone()
+            erased = edit(x, *arguments, in_place=in_place)
+            seen.append((in_place, torch.equal(x, given), erased.data_ptr() == x.data_ptr()))
+            return erased
+
+        monkeypatch.setattr(point, "_erase", spy)
+        unet_call(unet)
+    assert seen == [(over, not over, over)]
+
+
+def test_an_output_that_a_wrapper_keeps_to_return_again_is_not_written_over(monkeypatch):
+    """As caches of features between steps do."""
     unet = tiny_unet()
     block = find_hook_point(unet, HOOK_POINT)
-    made = []
+    kept = []
     inner = block.forward
 
     def forward(*args, **kwargs):
-        output = inner(*args, **kwargs)
-        made.append((output[0], output[0].clone()))
-        return output
+        if not kept:
+            kept.append(inner(*args, **kwargs)[0])
+        return (kept[0],)
 
     monkeypatch.setattr(block, "forward", forward)
-    sae, table = sae_and_table()
-    for options, over in (({}, True), ({"mode": "released"}, False), ({"record": True}, False)):
-        with apply_erasure(unet, sae, table, "cat", **STRONG, **options):
-            erased = unet_call(unet)
-        given, as_made = made.pop()
-        assert torch.equal(given, as_made) is not over
-        assert torch.equal(erased, given) is over
+    with apply_erasure(unet, *sae_and_table(), "cat", **STRONG):
+        first = unet_call(unet)
+        as_made = kept[0].clone()
+        assert torch.equal(unet_call(unet), first)
+    assert torch.equal(kept[0], as_made)
+    assert not torch.equal(first, as_made)
 
 
 def test_a_block_that_returns_its_input_is_not_written_over(monkeypatch):

@@ -86,7 +86,10 @@ class ErasurePoint:
             self.tables.settle(device)
         self._weights = self.weights.in_order()
         self._erase = backend.select("erase", device)
-        needed = ("erase", "steering_lines", *(("probe",) if self.recorder is not None else ()))
+        needed = ["erase", "steering_lines"]
+        if self.recorder is not None:
+            self._probe = backend.select("probe", device)
+            needed.append("probe")
         self.backends = [choice for choice in ops.backend_report(device) if choice.op in needed]
         self.device = device
 
@@ -102,12 +105,14 @@ class ErasurePoint:
         try:
             for dtype in (torch.int64, torch.float32):
                 self.clock.timesteps = torch.zeros(1, dtype=dtype, device=zeros.device).expand(images)
-                self.erase(zeros, torch.zeros_like(zeros))
+                self.erase(zeros, torch.zeros_like(zeros), fresh=True)
         finally:
             self.clock.timesteps, self.cfg, self.recorder, self.runs = before
 
-    def erase(self, output: Tensor, block_input: Tensor) -> Tensor:
+    def erase(self, output: Tensor, block_input: Tensor, fresh: bool = False) -> Tensor:
         """The block's erased output [B, C, H, W], in the dtype and memory format of `output`, or `output` itself.
+
+        `fresh`: the block made `output` in this call, and keeps no hold of it.
 
         Raises:
             RuntimeError: the timestep, or a number of guidance halves that matters, is unknown.
@@ -129,7 +134,7 @@ class ErasurePoint:
         lines = self.tables.lookup(timesteps, images, num_halves, self.conditional_only, self.window)
         self.runs.add(output, tracing)
         tokens = output.permute(0, 2, 3, 1)
-        if not tracing and self._may_write_over(output, block_input):
+        if fresh and not tracing and self._may_write_over(output, block_input):
             self._erase(tokens, *self._arguments(self._weights, lines), in_place=True)
             return output
         if self.residual:
@@ -147,7 +152,7 @@ class ErasurePoint:
         return erased.permute(0, 3, 1, 2).contiguous(memory_format=_memory_format(output))
 
     def _may_write_over(self, output: Tensor, block_input: Tensor) -> bool:
-        """Whether the erased tokens may take the place of the block's own: it made them, and nobody else needs them."""
+        """Whether the erased tokens may take the place of the block's own: nobody else needs these."""
         plain = self.mode == "exact" and not self.residual and not self.unit_norm and self.recorder is None
         return plain and only_numbers(output) and output.data_ptr() != block_input.data_ptr()
 
@@ -179,7 +184,8 @@ class ErasurePoint:
             mean, std = unit_norm_statistics(tokens)
             tokens = (tokens - mean) / std
         weights = self._weights[:3]
-        activations, steered = ops.probe(tokens, *weights, self.k, lines.latents, lines.thresholds, self.precision)
+        entries = (lines.latents, lines.thresholds)
+        activations, steered = self._probe(tokens, *weights, self.k, *entries, self.precision)
         rows = slice(len(tokens) // 2 if num_halves == 2 else 0, None)
         recorder.add(
             activations[rows],
