@@ -13,7 +13,6 @@ enum class Shadow : int32_t { None, Float16, BFloat16 };
 template <typename T>
 struct AdamJob {
   T* W;
-  const T* grad;
   // T, or bfloat16 bits where `short_moments`.
   void* exp_avg;
   void* exp_avg_sq;
@@ -21,7 +20,7 @@ struct AdamJob {
   // W rounded to 16 bits.
   uint16_t* shadow;
   Shadow shadow_type;
-  // One number on the device of W that the gradient is multiplied by; null: 1.
+  // One number on the device of W that the gradient is multiplied by; null: 1. NaN: nothing is done.
   const T* scale;
   int64_t d;
   T beta1;
@@ -107,11 +106,13 @@ SAEMNESIA_INLINE void adam_element(const AdamJob<T>& job, int64_t i, T gradient)
 // g = scale * grad, less its part along the row; Adam; the row at unit length; its shadow. A row of zeros has no
 // direction and keeps its length.
 template <typename Lanes, typename T>
-SAEMNESIA_INLINE void adam_row(const Lanes& lanes, const AdamJob<T>& job, int64_t row) {
+SAEMNESIA_INLINE void adam_row(const Lanes& lanes, const AdamJob<T>& job, const T* grad, int64_t row) {
   const int64_t d = job.d, first = row * d;
   T* const W = job.W + first;
-  const T* const grad = job.grad + first;
   const T scale = job.scale ? *job.scale : T(1);
+  if (scale != scale) {
+    return;
+  }
   T along = 0;
   if (job.remove_parallel) {
     const T squared = dot(lanes, W, W, d);

@@ -45,12 +45,11 @@ T* output_or_null(const std::optional<Tensor>& tensor) {
 }
 
 template <typename T>
-AdamJob<T> adam_job(const Tensor& W, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+AdamJob<T> adam_job(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                     const std::optional<Tensor>& scale, const std::optional<Tensor>& shadow, int64_t step, double lr,
                     double beta1, double beta2, double eps, bool remove_parallel, bool unit_norm) {
   AdamJob<T> job;
   job.W = W.mutable_data_ptr<T>();
-  job.grad = grad.const_data_ptr<T>();
   job.exp_avg = exp_avg.mutable_data_ptr();
   job.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
   job.short_moments = exp_avg.scalar_type() == ScalarType::BFloat16;

@@ -72,30 +72,32 @@ SAEMNESIA_INLINE PairSums<Lanes, T> sum_segment(const Lanes& lanes, const Pair<T
   return sums;
 }
 
-// Rows of the gradients of one latent; null where not wanted.
+// The gradients of one latent; null where there are none, or none are wanted.
 template <typename T>
 struct GradientRows {
   T* dW_enc;
   T* db_enc;
   T* dW_dec;
-  bool accumulate;
 };
 
 // What the segments' sums are added to.
 template <typename Lanes, typename T>
-SAEMNESIA_INLINE PairSums<Lanes, T> begin_sums(const Lanes& lanes, const GradientRows<T>& out, int64_t c, int64_t d) {
+SAEMNESIA_INLINE PairSums<Lanes, T> begin_sums(const Lanes& lanes, const GradientRows<const T>& from, int64_t c,
+                                               int64_t d) {
   using S = typename Lanes::Strip;
   PairSums<Lanes, T> sums = {};
-  if (out.accumulate && out.dW_enc) {
-    sums.encoder = lanes.template load<S>(out.dW_enc, c, d);
+  if (from.dW_enc) {
+    sums.encoder = lanes.template load<S>(from.dW_enc, c, d);
   }
-  if (out.accumulate && out.dW_dec) {
-    sums.decoder = lanes.template load<S>(out.dW_dec, c, d);
+  if (from.db_enc) {
+    sums.bias = *from.db_enc;
+  }
+  if (from.dW_dec) {
+    sums.decoder = lanes.template load<S>(from.dW_dec, c, d);
   }
   return sums;
 }
 
-// db_enc is never added to: the gradient of b_dec needs it by itself.
 template <typename Lanes, typename T>
 SAEMNESIA_INLINE void end_sums(const Lanes& lanes, const PairSums<Lanes, T>& sums, const GradientRows<T>& out,
                                int64_t c, int64_t d) {
@@ -110,14 +112,13 @@ SAEMNESIA_INLINE void end_sums(const Lanes& lanes, const PairSums<Lanes, T>& sum
   }
 }
 
-// All segments of one latent, for the strip from channel c.
+// out = from + the sums over `count` pairs, at most a segment, for the strip from channel c.
 template <typename Lanes, typename T, typename A>
-SAEMNESIA_INLINE void sum_latent(const Lanes& lanes, const Pair<T>* pairs, int64_t count, const PairRows<T, A>& rows,
-                                 const GradientRows<T>& out, int64_t c) {
-  PairSums<Lanes, T> sums = begin_sums(lanes, out, c, rows.d);
-  for (int64_t first = 0; first < count; first += kSegment) {
-    const int64_t some = count - first < kSegment ? count - first : kSegment;
-    sums.add(sum_segment(lanes, pairs + first, some, rows, c));
+SAEMNESIA_INLINE void add_segment(const Lanes& lanes, const Pair<T>* pairs, int64_t count, const PairRows<T, A>& rows,
+                                  const GradientRows<const T>& from, const GradientRows<T>& out, int64_t c) {
+  PairSums<Lanes, T> sums = begin_sums(lanes, from, c, rows.d);
+  if (count > 0) {
+    sums.add(sum_segment(lanes, pairs, count, rows, c));
   }
   end_sums(lanes, sums, out, c, rows.d);
 }

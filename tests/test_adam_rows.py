@@ -126,6 +126,18 @@ def test_nan_stays_in_its_row() -> None:
     assert same_bits(W[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
+@pytest.mark.parametrize("shape", [(5, 70), (13,)])
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_a_scale_of_nan_leaves_everything_as_it_is(shape: tuple[int, ...], moments: torch.dtype) -> None:
+    W, m, v = parameter(*shape, dtype=torch.float32)
+    tensors = (W, m.to(moments), v.to(moments) + 1, torch.full_like(W, 7, dtype=torch.float16))
+    before = [tensor.clone() for tensor in tensors]
+    by_rows = {"remove_parallel": len(shape) == 2, "unit_norm": len(shape) == 2}
+    grad, scale = torch.full_like(W, torch.nan), torch.tensor(torch.nan)
+    ops.adam_rows(W, grad, *tensors[1:3], 3, scale=scale, shadow=tensors[3], **by_rows, **RECIPE)
+    assert all(same_bits(a, b) for a, b in zip(tensors, before, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(5, 6), (0, 6)])
 def test_opcheck(shape: tuple[int, int]) -> None:
     W, m, v = parameter(*shape, dtype=torch.float32)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 import cuda_on_host
 from pairs import random_terms
-from saemnesia_fast.ops import LatentGradients, PairTerms, cpu_backend, reference
+from saemnesia_fast.ops import (
+    DenseRows,
+    LatentGradients,
+    LatentMoments,
+    PairTerms,
+    cpu_backend,
+    eager_backend,
+    reference,
+)
 from saemnesia_fast.ops.backend import Refusal
 from saemnesia_fast.ops.gradients import GradientSlots
 from weights import random_tokens, random_weights, same_bits
@@ -116,6 +124,22 @@ def test_an_index_beyond_the_latents_is_left_out(slots: GradientSlots) -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_adam_latents(slots: GradientSlots, dtype: torch.dtype) -> None:
+    weights, W_dec = random_weights(24, 30, dtype)
+    x = random_tokens(9, 24, dtype=dtype)
+    dense = DenseRows(torch.tensor([4, 29]), W_dec[:2], W_dec[:2, 0], W_dec[2:4])
+    results = []
+    for module in (slots, eager_backend):
+        W_enc, unit = weights.W_enc.clone(), W_dec.clone()
+        moments = LatentMoments(*(torch.zeros_like(unit) for _ in range(4)))
+        gradients = module.sparse_gradients(random_terms(x, 30, (5, 2)), x, unit, weights.b_dec, dense)
+        gradients.adam(W_enc, unit, moments, None, None, True, 1, 1e-2, 0.9, 0.999, 1e-9)
+        results.append((gradients.squared_norm, gradients.db_enc, W_enc, unit, *moments))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4 if dtype == torch.float32 else 1e-10, atol=2e-5)
+
+
 def adam(
     run: Any, dtype: torch.dtype, moments: torch.dtype, shape: tuple[int, int], shadow: torch.dtype
 ) -> list[Tensor]:
@@ -123,8 +147,8 @@ def adam(
     W[1] = 0
     state = [torch.zeros(shape, dtype=moments), torch.ones(shape, dtype=moments)]
     short = torch.empty(shape, dtype=shadow)
-    for step in (1, 2):
-        run(W, grad, *state, torch.tensor(0.5, dtype=dtype), short, step, 1e-2, 0.9, 0.999, 1e-9, True, True)
+    for step, scale in ((1, 0.5), (2, torch.nan), (2, 0.5)):
+        run(W, grad, *state, torch.tensor(scale, dtype=dtype), short, step, 1e-2, 0.9, 0.999, 1e-9, True, True)
     return [W, *state, short]
 
 

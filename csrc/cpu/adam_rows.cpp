@@ -8,10 +8,10 @@ namespace saemnesia_fast {
 namespace {
 
 template <typename T>
-void update(const AdamJob<T>& job, int64_t rows) {
+void update(const AdamJob<T>& job, const T* grad, int64_t rows) {
   torch::stable::parallel_for(0, rows, grain(4 * job.d), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      kernels<T>().gradients.adam_row(job, row);
+      kernels<T>().gradients.adam_row(job, grad + row * job.d, row);
     }
   });
 }
@@ -20,9 +20,9 @@ void adam_rows(const Tensor& W, const Tensor& grad, const Tensor& exp_avg, const
                const std::optional<Tensor>& scale, const std::optional<Tensor>& shadow, int64_t step, double lr,
                double beta1, double beta2, double eps, bool remove_parallel, bool unit_norm) {
   const auto run = [&](auto number) {
-    update(adam_job<decltype(number)>(W, grad, exp_avg, exp_avg_sq, scale, shadow, step, lr, beta1, beta2, eps,
-                                      remove_parallel, unit_norm),
-           W.size(0));
+    using T = decltype(number);
+    update(adam_job<T>(W, exp_avg, exp_avg_sq, scale, shadow, step, lr, beta1, beta2, eps, remove_parallel, unit_norm),
+           grad.const_data_ptr<T>(), W.size(0));
   };
   is_double(W) ? run(double()) : run(float());
 }

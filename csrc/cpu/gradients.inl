@@ -84,18 +84,18 @@ void widen_all(T* wide, const void* narrow, Storage storage, int64_t count) {
 }
 
 template <typename T>
-void add_slopes(const LatentJob<T>& job, const T* direction, int64_t first, int64_t last) {
+void add_slopes(const SortedPairs<T>& sorted, const T* direction, int64_t first, int64_t last) {
   for (int64_t q = first; q < last; ++q) {
-    add_slope(HostLanes<T>(), job.pairs[q], job.rows.grads, direction, job.rows.d);
+    add_slope(HostLanes<T>(), sorted.pairs[q], sorted.rows.grads, direction, sorted.rows.d);
   }
 }
 
 template <typename T>
-void sum_strips(const LatentJob<T>& job, int64_t latent, int64_t begin, int64_t end) {
+void add_one_segment(const SortedPairs<T>& sorted, int64_t first, int64_t last, const GradientRows<const T>& from,
+                     const GradientRows<T>& out, int64_t begin, int64_t end) {
   const HostLanes<T> lanes;
-  const int64_t first = job.starts[latent];
   for (int64_t c = begin; c < end; c += lanes.kStrip) {
-    sum_latent(lanes, job.pairs + first, job.starts[latent + 1] - first, job.rows, job.out(latent), c);
+    add_segment(lanes, sorted.pairs + first, last - first, sorted.rows, from, out, c);
   }
 }
 
@@ -121,10 +121,10 @@ T dot_rows(const T* a, const T* b, int64_t d) {
 }
 
 template <typename T>
-void adam_one_row(const AdamJob<T>& job, int64_t row) {
-  adam_row(HostLanes<T>(), job, row);
+void adam_one_row(const AdamJob<T>& job, const T* grad, int64_t row) {
+  adam_row(HostLanes<T>(), job, grad, row);
 }
 
 template <typename T>
-constexpr GradientKernels<T> kGradientKernels = {
-    HostLanes<T>::kStrip, widen_all<T>, add_slopes<T>, sum_strips<T>, sum_all_rows<T>, dot_rows<T>, adam_one_row<T>};
+constexpr GradientKernels<T> kGradientKernels = {HostLanes<T>::kStrip, widen_all<T>, add_slopes<T>,  add_one_segment<T>,
+                                                 sum_all_rows<T>,      dot_rows<T>,  adam_one_row<T>};

@@ -1,156 +1,55 @@
 // latent_gradients (SPEC 4.3) and what it consists of, in torch's threads.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "../gradient_ops.h"
-#include "tensors.h"
+#include "pairs.h"
 
 namespace saemnesia_fast {
 namespace {
 
-// A latent with more pairs is shared by the threads; the sums are the same.
-constexpr int64_t kShared = 1024;
 // Rows that are summed one after another.
 constexpr int64_t kRows = 128;
-// Latents for which memory is asked ahead of time.
-constexpr int64_t kAhead = 2;
 
-// The pairs that have a value or an extra term, sorted by latent and else as they came; those of latent i begin at
-// starts[i].
+// The gradients as matrices; null where not wanted. db_enc is never added to: the gradient of b_dec needs it by itself.
 template <typename T>
-std::vector<Pair<T>> sort_pairs(const Tensor& values, const Tensor& latents, const T* extra,
-                                const std::vector<int64_t>& widths, int64_t tokens, std::vector<int64_t>& starts) {
-  const T* const value = values.const_data_ptr<T>();
-  const int32_t* const latent = latents.const_data_ptr<int32_t>();
-  const auto active = [&](int64_t p) { return value[p] != 0 || (extra && extra[p] != 0); };
-  for (int64_t p = 0; p < values.numel(); ++p) {
-    starts[latent[p] + 1] += active(p);
+struct Matrices {
+  static constexpr int64_t kWork = 1;
+  const SortedPairs<T>& sorted;
+  T* dW_enc;
+  T* db_enc;
+  T* dW_dec;
+  bool accumulate;
+
+  int64_t count(int64_t i) const { return sorted.count(i); }
+  int64_t d() const { return sorted.rows.d; }
+
+  GradientRows<T> out(int64_t i, T* = nullptr, T* = nullptr) const {
+    return {dW_enc ? dW_enc + i * d() : nullptr, db_enc ? db_enc + i : nullptr,
+            dW_dec ? dW_dec + i * d() : nullptr};
   }
-  for (size_t i = 1; i < starts.size(); ++i) {
-    starts[i] += starts[i - 1];
+
+  GradientRows<const T> from(int64_t i) const {
+    return accumulate ? GradientRows<const T>{out(i).dW_enc, nullptr, out(i).dW_dec} : GradientRows<const T>{};
   }
-  std::vector<Pair<T>> pairs(starts.back());
-  std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-  int64_t p = 0;
-  for (size_t group = 0; group < widths.size(); ++group) {
-    for (int64_t token = 0; token < tokens; ++token) {
-      for (int64_t j = 0; j < widths[group]; ++j, ++p) {
-        if (active(p)) {
-          pairs[next[latent[p]]++] = {int32_t(token), int32_t(group), value[p], extra ? extra[p] : T(0)};
-        }
-      }
+
+  bool idle(int64_t i) const {
+    const bool unchanged = accumulate && count(i) == 0;
+    if (unchanged && db_enc) {
+      db_enc[i] = 0;
     }
-  }
-  return pairs;
-}
-
-// Rows of a matrix in the type computed in: where they lie, or widened into memory of its own.
-template <typename T>
-class WideRows {
- public:
-  WideRows(const Tensor& matrix, int64_t most)
-      : data_(static_cast<const char*>(matrix.const_data_ptr())),
-        storage_(storage_of(matrix)),
-        d_(matrix.size(1)),
-        own_(lies_wide() ? 0 : most * d_) {}
-
-  // Row i if it need not be widened, else null.
-  const T* lies(int64_t i) const { return lies_wide() ? reinterpret_cast<const T*>(data_) + i * d_ : nullptr; }
-
-  const T* operator()(int64_t first, int64_t count) const {
-    const char* const rows = data_ + first * d_ * size_of(storage_);
-    if (lies_wide()) {
-      return reinterpret_cast<const T*>(rows);
-    }
-    kernels<T>().gradients.widen(own_.get(), rows, storage_, count * d_);
-    return own_.get();
+    return unchanged;
   }
 
- private:
-  bool lies_wide() const { return storage_ == (sizeof(T) == 8 ? Storage::Float64 : Storage::Float32); }
+  void done(int64_t, const GradientRows<T>&) const {}
 
-  const char* data_;
-  Storage storage_;
-  int64_t d_;
-  Buffer<T> own_;
+  void prefetch(int64_t i) const {
+    saemnesia_fast::prefetch(from(i).dW_enc, d());
+    saemnesia_fast::prefetch(from(i).dW_dec, d());
+  }
 };
-
-// Fetches what a latent needs: its rows, and those of its first pairs.
-template <typename T>
-void prefetch(const LatentJob<T>& job, int64_t latent, const T* direction) {
-  constexpr int64_t kPairs = 4, kLine = 64 / sizeof(T);
-  const int64_t d = job.rows.d, first = job.starts[latent], last = std::min(job.starts[latent + 1], first + kPairs);
-  const auto fetch = [&](const T* row) {
-    for (int64_t c = 0; row && c < d; c += kLine) {
-      __builtin_prefetch(row + c, 0, 2);
-    }
-  };
-  fetch(direction);
-  for (int64_t q = first; q < last; ++q) {
-    const Pair<T>& pair = job.pairs[q];
-    fetch(job.rows.grads[pair.group] + pair.token * d);
-    fetch(job.rows.x ? job.rows.x + pair.token * d : nullptr);
-  }
-  fetch(job.out(latent).dW_enc);
-  fetch(job.out(latent).dW_dec);
-}
-
-// W_dec is absent where `d_value` is to be left as it is.
-template <typename T>
-void sum_latents(const LatentJob<T>& job, int64_t num_latents, const std::optional<Tensor>& W_dec) {
-  const GradientKernels<T>& kernel = kernels<T>().gradients;
-  const int64_t d = job.rows.d, strips = (d + kernel.strip - 1) / kernel.strip;
-  const auto count = [&](int64_t i) { return job.starts[i + 1] - job.starts[i]; };
-  // A thread's share is so many pairs and latents together.
-  const auto weight = [&](int64_t i) { return job.starts[i] + i; };
-  const auto latent_at = [&](int64_t share) {
-    int64_t low = 0, high = num_latents;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      weight(middle) < share ? low = middle + 1 : high = middle;
-    }
-    return low;
-  };
-  const auto add_slopes = [&](int64_t latent, int64_t first, int64_t last, const std::optional<WideRows<T>>& rows) {
-    if (rows && first < last) {
-      kernel.add_slopes(job, (*rows)(latent, 1), first, last);
-    }
-  };
-  const auto directions = [&] { return W_dec ? std::optional<WideRows<T>>(std::in_place, *W_dec, 1) : std::nullopt; };
-  torch::stable::parallel_for(0, weight(num_latents), grain(2 * d), [&](int64_t begin, int64_t end) {
-    const auto rows = directions();
-    int64_t ahead = latent_at(begin);
-    for (int64_t i = ahead, last = latent_at(end); i < last; ++i) {
-      for (; ahead < last && ahead <= i + kAhead; ++ahead) {
-        if (count(ahead)) {
-          prefetch(job, ahead, rows ? rows->lies(ahead) : nullptr);
-        }
-      }
-      if (count(i) <= kShared) {
-        add_slopes(i, job.starts[i], job.starts[i + 1], rows);
-        if (count(i) || !job.accumulate) {
-          kernel.sum_strips(job, i, 0, d);
-        } else if (job.db_enc) {
-          job.db_enc[i] = 0;
-        }
-      }
-    }
-  });
-  for (int64_t i = 0; i < num_latents; ++i) {
-    if (count(i) > kShared) {
-      torch::stable::parallel_for(job.starts[i], job.starts[i + 1], grain(d), [&](int64_t begin, int64_t end) {
-        add_slopes(i, begin, end, directions());
-      });
-      torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
-        kernel.sum_strips(job, i, begin * kernel.strip, std::min(end * kernel.strip, d));
-      });
-    }
-  }
-}
 
 // Large pages for memory that is written for the first time: faults would take longer than the sums.
 void advise(const std::optional<Tensor>& tensor) {
@@ -179,21 +78,17 @@ void compute(const Tensor& values, const Tensor& latents, const std::optional<Te
     advise(dW_dec);
   }
   const int64_t num_latents = out.size(0), d = out.size(1);
+  const GivenPairs<T> given(values, latents, extra, widths, grads[0].size(0));
   std::vector<int64_t> starts(num_latents + 1);
-  std::vector<Pair<T>> pairs =
-      sort_pairs<T>(values, latents, data_or_null<T>(extra), widths, grads[0].size(0), starts);
-  std::vector<const T*> gradients;
-  for (const Tensor& grad : grads) {
-    gradients.push_back(grad.const_data_ptr<T>());
-  }
-  const LatentJob<T> job = {pairs.data(),
-                            starts.data(),
-                            {gradients.data(), data_or_null<T>(x), data_or_null<T>(b_dec), d},
-                            output_or_null<T>(dW_enc),
-                            output_or_null<T>(db_enc),
-                            output_or_null<T>(dW_dec),
-                            accumulate};
-  sum_latents(job, num_latents, dW_enc ? W_dec : std::nullopt);
+  given.count(starts.data(), num_latents);
+  std::vector<Pair<T>> pairs(starts.back());
+  given.sort(starts.data(), num_latents, pairs.data());
+  const std::vector<const T*> gradients = addresses<T>(grads);
+  const SortedPairs<T> sorted = {pairs.data(), starts.data(), num_latents,
+                                 {gradients.data(), data_or_null<T>(x), data_or_null<T>(b_dec), d}};
+  sum_latents(sorted, dW_enc ? W_dec : std::nullopt,
+              Matrices<T>{sorted, output_or_null<T>(dW_enc), output_or_null<T>(db_enc), output_or_null<T>(dW_dec),
+                          accumulate});
 }
 
 // grads and x, too, are of the type computed in.
@@ -257,9 +152,7 @@ Tensor gather_dot(const Tensor& latents, const Tensor& W, const Tensor& grad) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(saemnesia_fast_cpu, m) {
-  define_gradient_ops(m);
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(saemnesia_fast_cpu, m) { define_gradient_ops(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(saemnesia_fast_cpu, CPU, m) {
   m.impl("latent_gradients", TORCH_BOX(&latent_gradients));

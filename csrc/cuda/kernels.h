@@ -51,7 +51,7 @@ cudaError_t sum_rows(const void* rows, Type type, const void* weights, void* sum
 cudaError_t gather_dot(const int32_t* latents, const void* W, Type type, const void* grad, void* out, bool is_double,
                        int64_t tokens, int64_t k, int64_t d, bool packed, cudaStream_t stream);
 
-cudaError_t adam_rows(const AdamJob<float>& job, int64_t rows, bool packed, cudaStream_t stream);
-cudaError_t adam_rows(const AdamJob<double>& job, int64_t rows, bool packed, cudaStream_t stream);
+cudaError_t adam_rows(const AdamJob<float>& job, const float* grad, int64_t rows, bool packed, cudaStream_t stream);
+cudaError_t adam_rows(const AdamJob<double>& job, const double* grad, int64_t rows, bool packed, cudaStream_t stream);
 
 }  // namespace saemnesia_fast::cuda

@@ -136,8 +136,13 @@ __global__ void slopes(LatentGradients job, Numbers<T> numbers, const int32_t* s
 template <typename T>
 __device__ GradientRows<T> rows_of(const LatentGradients& job, int64_t latent) {
   const auto row = [&](void* matrix) { return matrix ? static_cast<T*>(matrix) + latent * job.d : nullptr; };
-  return {row(job.dW_enc), job.db_enc ? static_cast<T*>(job.db_enc) + latent : nullptr, row(job.dW_dec),
-          job.accumulate};
+  return {row(job.dW_enc), job.db_enc ? static_cast<T*>(job.db_enc) + latent : nullptr, row(job.dW_dec)};
+}
+
+// What they are added to. db_enc never is: the gradient of b_dec needs it by itself.
+template <typename T>
+__device__ GradientRows<const T> begin_of(const LatentGradients& job, const GradientRows<T>& out) {
+  return job.accumulate ? GradientRows<const T>{out.dW_enc, nullptr, out.dW_dec} : GradientRows<const T>{};
 }
 
 template <typename T, typename A>
@@ -163,7 +168,7 @@ __global__ void short_sums(LatentGradients job, const int32_t* starts, const Pai
       *out.db_enc = 0;
     }
   } else if (count <= kSegment) {
-    sum_latent(warp, pairs + first, count, inputs_of<T, A>(job), out, c);
+    add_segment(warp, pairs + first, count, inputs_of<T, A>(job), begin_of(job, out), out, c);
   }
 }
 
@@ -180,7 +185,7 @@ __global__ void long_sums(LatentGradients job, const int32_t* starts, const Pair
     const int64_t latent = long_latents[item / strips], c = item % strips * kDotLanes;
     const int32_t begin = starts[latent], end = starts[latent + 1];
     const GradientRows<T> out = rows_of<T>(job, latent);
-    Sums sums = begin_sums(warp, out, c, job.d);
+    Sums sums = begin_sums(warp, begin_of(job, out), c, job.d);
     for (int64_t round = begin; round < end; round += kWarps * kSegment) {
       const int64_t first = round + warp_index * kSegment;
       const int64_t count = end - first < kSegment ? end - first : kSegment;

@@ -140,9 +140,11 @@ void adam_rows_op(const Tensor& W, const Tensor& grad, const Tensor& exp_avg, co
                   double beta1, double beta2, double eps, bool remove_parallel, bool unit_norm) {
   const OnDevice device(W);
   const auto run = [&](auto number) {
-    const auto job = adam_job<decltype(number)>(W, grad, exp_avg, exp_avg_sq, scale, shadow, step, lr, beta1, beta2,
-                                                eps, remove_parallel, unit_norm);
-    OnDevice::check(adam_rows(job, W.size(0), packed(job.d, W, grad), device.stream()));
+    using T = decltype(number);
+    const auto job =
+        adam_job<T>(W, exp_avg, exp_avg_sq, scale, shadow, step, lr, beta1, beta2, eps, remove_parallel, unit_norm);
+    OnDevice::check(
+        adam_rows(job, grad.const_data_ptr<T>(), W.size(0), packed(job.d, W, grad), device.stream()));
   };
   is_double(W) ? run(double()) : run(float());
 }

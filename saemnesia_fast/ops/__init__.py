@@ -19,13 +19,17 @@ from torch import Tensor
 from . import registration as _registration
 from . import validation as _check
 from .backend import backend_report, current_backend, use_backend
-from .reference import LatentGradients, PairTerms
+from .reference import DenseRows, LatentGradients, LatentMoments, PairTerms, SparseGradients
 
 __all__ = [
+    "DenseRows",
     "LatentGradients",
+    "LatentMoments",
     "PairTerms",
+    "SparseGradients",
     "SparseLatents",
     "SteeringLines",
+    "adam_latents",
     "adam_rows",
     "backend_report",
     "current_backend",
@@ -34,6 +38,7 @@ __all__ = [
     "erase",
     "latent_gradients",
     "probe",
+    "sparse_gradients",
     "steering_lines",
     "use_backend",
 ]
@@ -228,10 +233,7 @@ def latent_gradients(
     d = _check.check_tokens("x", x)
     terms = (PairTerms(values, indices, grad_x_hat, extra_d_value), *more)
     _check.check_pairs(terms, x)
-    _check.check_tensor("W_dec", W_dec, like=x)
-    _check.check_shape("W_dec", W_dec, "N, d", (None, d), f"x [*, d={d}]")
-    _check.check_tensor("b_dec", b_dec, like=x)
-    _check.check_shape("b_dec", b_dec, "d", (d,), f"x [*, d={d}]")
+    _check.check_decoder(W_dec, b_dec, x)
     if W_enc is not None:
         _check.check_tensor("W_enc", W_enc, like=x)
         _check.check_shape("W_enc", W_enc, "N, d", tuple(W_dec.shape), f"W_dec [N={W_dec.shape[0]}, d={d}]")
@@ -262,7 +264,7 @@ def adam_rows(
 
     `g = scale * grad`, less its part along the row if `remove_parallel`; `m += (1 - beta1) (g - m)`,
     `v = beta2 v + (1 - beta2) g^2`, `W -= lr m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)`; rows at unit
-    length if `unit_norm`. A row of zeros has no direction and stays.
+    length if `unit_norm`. A row of zeros has no direction and stays. A scale of NaN leaves everything as it is.
 
     W, grad: float32 or float64. exp_avg, exp_avg_sq (m, v): W's dtype, or bfloat16, rounded up or down at random by
     bits fixed by step and element, so that small changes add up. step counts from 1. scale: 0-d, such as that which
@@ -281,3 +283,48 @@ def adam_rows(
         remove_parallel,
         unit_norm,
     )
+
+
+@torch.no_grad()
+def sparse_gradients(
+    terms: Sequence[PairTerms], x: Tensor, W_dec: Tensor, b_dec: Tensor, dense: DenseRows | None = None
+) -> SparseGradients:
+    """`latent_gradients` of W_enc, b_enc and W_dec on their way into `adam_latents`, nowhere [N, d] if that can be.
+
+    Over the pairs of all `terms` of the tokens x [..., d], and `dense` added. The `cpu` backend keeps what the rows are
+    made of, and makes them twice in cache: here for their norm, and for Adam. The tensors given must not change until
+    then, except that `adam_latents` updates W_dec. The gradient of b_dec, which has more parts than the pairs, is left
+    to the caller: `db_dec = sum g - W_enc.T @ db_enc`.
+    """
+    _check.check_tokens("x", x)
+    _check.check_terms(terms, x)
+    _check.check_decoder(W_dec, b_dec, x)
+    if dense is not None:
+        _check.check_dense_rows(dense, x, W_dec.shape[0])
+    return _registration.sparse_gradients(terms, x, W_dec, b_dec, dense)
+
+
+@torch.no_grad()
+def adam_latents(
+    gradients: SparseGradients,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    moments: LatentMoments,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 6.25e-10,
+    scale: Tensor | None = None,
+    shadow: Tensor | None = None,
+    unit_norm: bool = True,
+) -> None:
+    """One step of Adam on W_enc and W_dec [N, d], in place (SPEC 4.1): `adam_rows` on each.
+
+    W_dec with `remove_parallel` and `unit_norm` if `unit_norm`, W_enc without. `shadow` is W_enc's. All else as there,
+    the weights in the dtype of the gradients. A latent without pairs takes its step with a gradient of zero.
+    """
+    _check.check_adam_latents(gradients, W_enc, W_dec, moments, step, scale, shadow)
+    scale = None if scale is None else scale.to(W_enc.dtype)
+    gradients.adam(W_enc, W_dec, moments, scale, shadow, unit_norm, step, lr, *betas, eps)
+    written = (W_enc, W_dec, *moments, shadow)
+    torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])

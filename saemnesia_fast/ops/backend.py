@@ -22,6 +22,7 @@ OPS = (
     "decoder_gradient",
     "gather_dot",
     "adam_rows",
+    "sparse_gradients",
 )
 
 

@@ -5,6 +5,7 @@ tokens in float64 and all others in float32, summing in another order than the e
 nothing.
 """
 
+from collections.abc import Sequence
 from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from . import backend, eager_backend, reference
 from .gradients import GradientSlots
+from .reference import DenseRows, PairTerms, SparseGradients
 
 _ops = torch.ops.saemnesia_fast_cpu
 
@@ -73,9 +75,24 @@ def _probe(
     return _ops.probe(x, W_enc, b_enc, b_dec, k, latents, thresholds)
 
 
+class _Slots(GradientSlots):
+    """Here most rows that Adam takes are never in memory (csrc/cpu/adam_latents.cpp)."""
+
+    def sparse_gradients(
+        self, terms: Sequence[PairTerms], x: Tensor, W_dec: Tensor, b_dec: Tensor, dense: DenseRows | None
+    ) -> SparseGradients:
+        dtype = reference.compute_dtype(x)
+        given = self.given(terms, x, W_dec, b_dec.clone())
+        dense_rows = [] if dense is None else [dense.latents.long(), *(rows.to(dtype) for rows in dense[1:])]
+        dense_rows = [rows.contiguous() for rows in dense_rows]
+        squared_norm, db_enc, *kept = self.library.gradient_norms(*given, dense_rows)
+        adam = partial(self.library.adam_latents, *kept, given.grads, given.x, given.b_dec, dense_rows)
+        return SparseGradients(squared_norm, db_enc, W_dec.shape, adam)
+
+
 def register() -> None:
     """Fill the slots; nothing is loaded yet."""
     for op in (_encode_topk, _decode, _erase, _probe):
         backend.register(op.__name__.removeprefix("_"), "cpu", op, _refuse)
     backend.register("steering_lines", "cpu", reference.steering_lines, _refuse)
-    GradientSlots(_ops, widens=True).register("cpu", _refuse)
+    _Slots(_ops, widens=True).register("cpu", _refuse)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backend, reference
-from .reference import LatentGradients, PairTerms
+from .reference import DenseRows, LatentGradients, PairTerms, SparseGradients
 
 
 def rows(x: Tensor) -> Tensor:
@@ -147,9 +147,15 @@ def gather_dot(indices: Tensor, W: Tensor, grad: Tensor) -> Tensor:
     return reference.gather_dot(rows(indices), W.to(dtype), rows(grad).to(dtype)).view(indices.shape)
 
 
+def sparse_gradients(
+    terms: Sequence[PairTerms], x: Tensor, W_dec: Tensor, b_dec: Tensor, dense: DenseRows | None
+) -> SparseGradients:
+    return reference.sparse_gradients(terms, x, W_dec, b_dec, dense, gradients=latent_gradients)
+
+
 def register() -> None:
     """Fill the slots of all ops."""
-    gradients = (latent_gradients, encoder_gradients, decoder_gradient, gather_dot)
+    gradients = (latent_gradients, encoder_gradients, decoder_gradient, gather_dot, sparse_gradients)
     for op in (encode_topk, decode, erase, probe, *gradients):
         backend.register(op.__name__, "eager", op)
     for definition in (reference.steering_lines, reference.adam_rows):

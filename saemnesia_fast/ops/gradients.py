@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend
-from .reference import LatentGradients, PairTerms, compute_dtype
+from . import backend, reference
+from .reference import DenseRows, LatentGradients, PairTerms, SparseGradients, compute_dtype
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -19,6 +19,19 @@ def _joined(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """[P]: the numbers of all tensors, one after another."""
     parts = [tensor.reshape(-1).to(dtype) for tensor in tensors]
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+
+class Given(NamedTuple):
+    """The first arguments of the library's latent_gradients (csrc/gradient_ops.h)."""
+
+    values: Tensor
+    latents: Tensor
+    extra: Tensor | None
+    grads: list[Tensor]
+    widths: list[int]
+    x: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
 
 
 class GradientSlots(NamedTuple):
@@ -37,6 +50,25 @@ class GradientSlots(NamedTuple):
         fits = self.widens or (weight.dtype == torch.float64) == (dtype == torch.float64)
         return weight.contiguous() if fits else weight.to(dtype).contiguous()
 
+    def given(self, terms: Sequence[PairTerms], x: Tensor, W_dec: Tensor, b_dec: Tensor) -> Given:
+        """The terms as the library takes them."""
+        dtype = compute_dtype(x)
+        row_dtype = self._dtype_of_rows(dtype, x, *(term.grad_x_hat for term in terms))
+        extra = None
+        if any(term.extra_d_value is not None for term in terms):
+            extras = [t.extra_d_value if t.extra_d_value is not None else torch.zeros_like(t.values) for t in terms]
+            extra = _joined(extras, dtype)
+        return Given(
+            _joined([term.values for term in terms], dtype),
+            _joined([term.indices for term in terms], torch.int32),
+            extra,
+            [_rows(term.grad_x_hat, row_dtype) for term in terms],
+            [term.values.shape[-1] for term in terms],
+            _rows(x, row_dtype),
+            self._weight(W_dec, dtype),
+            b_dec.to(dtype).contiguous(),
+        )
+
     def latent_gradients(
         self,
         terms: Sequence[PairTerms],
@@ -50,22 +82,10 @@ class GradientSlots(NamedTuple):
         total = out or LatentGradients(
             *(torch.empty(shape, dtype=dtype, device=x.device) for shape in LatentGradients.shapes(W_dec))
         )
-        row_dtype = self._dtype_of_rows(dtype, x, *(term.grad_x_hat for term in terms))
-        grads = [_rows(term.grad_x_hat, row_dtype) for term in terms]
-        extra = None
-        if any(term.extra_d_value is not None for term in terms):
-            extras = [t.extra_d_value if t.extra_d_value is not None else torch.zeros_like(t.values) for t in terms]
-            extra = _joined(extras, dtype)
         db_enc = torch.empty_like(total.db_enc)
+        given = self.given(terms, x, W_dec, b_dec)
         self.library.latent_gradients(
-            _joined([term.values for term in terms], dtype),
-            _joined([term.indices for term in terms], torch.int32),
-            extra,
-            grads,
-            [term.values.shape[-1] for term in terms],
-            _rows(x, row_dtype),
-            self._weight(W_dec, dtype),
-            b_dec.to(dtype).contiguous(),
+            *given,
             total.dW_enc,
             db_enc,
             total.dW_dec,
@@ -73,7 +93,7 @@ class GradientSlots(NamedTuple):
         )
         sums = [
             self.library.sum_rows(grad, None, db_enc)
-            for grad, term in zip(grads, terms, strict=True)
+            for grad, term in zip(given.grads, terms, strict=True)
             if term.adds_b_dec
         ]
         db_dec = sum(sums, start=torch.zeros_like(total.db_dec))
@@ -135,8 +155,15 @@ class GradientSlots(NamedTuple):
     def adam_rows(self, *arguments: Any) -> None:
         self.library.adam_rows(*arguments)
 
+    def sparse_gradients(
+        self, terms: Sequence[PairTerms], x: Tensor, W_dec: Tensor, b_dec: Tensor, dense: DenseRows | None
+    ) -> SparseGradients:
+        return reference.sparse_gradients(
+            terms, x, W_dec, b_dec, dense, gradients=self.latent_gradients, adam=self.library.adam_rows
+        )
+
     def register(self, name: str, refuse: Callable[[torch.device], backend.Refusal | None]) -> None:
         """Fill the slots of backend `name`."""
         gradients = (self.latent_gradients, self.encoder_gradients, self.decoder_gradient, self.gather_dot)
-        for op in (*gradients, self.adam_rows):
+        for op in (*gradients, self.adam_rows, self.sparse_gradients):
             backend.register(op.__name__, name, op, refuse)

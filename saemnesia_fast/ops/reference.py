@@ -5,6 +5,7 @@ All functions take tokens flattened to x [M, d] (`latent_gradients` and `decode`
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,41 @@ class LatentGradients(NamedTuple):
     def shapes(W_dec: Tensor) -> tuple[torch.Size, ...]:
         """The four shapes."""
         return W_dec.shape, W_dec.shape[:1], W_dec.shape, W_dec.shape[1:]
+
+
+class DenseRows(NamedTuple):
+    """Gradients of C latents that are computed densely (AuxK), to be added to those of the pairs."""
+
+    latents: Tensor
+    """[C] int32 or int64, distinct."""
+    dW_enc: Tensor
+    """[C, d]."""
+    db_enc: Tensor
+    """[C]."""
+    dW_dec: Tensor
+    """[C, d]."""
+
+
+class SparseGradients(NamedTuple):
+    """Gradients of W_enc and W_dec in whatever form their backend goes on from."""
+
+    squared_norm: Tensor
+    """0-d, |dW_enc|^2 + |dW_dec|^2, in the compute dtype."""
+    db_enc: Tensor
+    """[N], in the compute dtype."""
+    shape: torch.Size
+    """[N, d] of either."""
+    adam: Callable[..., None]
+    """`adam_latents` of the backend that computed them, bound to the form in which it keeps them."""
+
+
+class LatentMoments(NamedTuple):
+    """Adam's moments of W_enc and W_dec, [N, d] each, in the weights' dtype or in bfloat16."""
+
+    exp_avg_enc: Tensor
+    exp_avg_sq_enc: Tensor
+    exp_avg_dec: Tensor
+    exp_avg_sq_dec: Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -290,15 +326,12 @@ def _noise(count: int, step: int, device: torch.device) -> Tensor:
     return bits ^ bits >> 15
 
 
-def _store_moment(moment: Tensor, wide: Tensor, noise: Tensor) -> None:
-    """`moment` = `wide`; in bfloat16 rounded up or down at random, by 16 bits of `noise`, so that the mean is kept."""
-    if moment.dtype == wide.dtype:
-        moment.copy_(wide)
-        return
+def _rounded(wide: Tensor, noise: Tensor) -> Tensor:
+    """`wide` in bfloat16, rounded up or down at random, by 16 bits of `noise`, so that the mean is kept."""
     bits = wide.float().contiguous().view(torch.int32) & 0xFFFFFFFF
     kept = (bits + noise.view(wide.shape)) >> 16 << 16
     rounded = torch.where(kept >= 1 << 31, kept - (1 << 32), kept).to(torch.int32).view(torch.float32)
-    moment.copy_(torch.where(wide.isnan(), torch.nan, rounded))
+    return torch.where(wide.isnan(), torch.nan, rounded).bfloat16()
 
 
 def adam_rows(
@@ -320,7 +353,8 @@ def adam_rows(
 
     `g = scale * grad`, less its part along the row if `remove_parallel`; `m += (1 - beta1) (g - m)`,
     `v = beta2 v + (1 - beta2) g^2`, `W -= lr m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)`; rows at unit
-    length if `unit_norm`; `shadow` = W in 16 bits. A row of zeros has no direction and stays.
+    length if `unit_norm`; `shadow` = W in 16 bits. A row of zeros has no direction and stays. A scale of NaN leaves
+    everything as it is.
     """
     g = grad if scale is None else grad * scale
     if remove_parallel:
@@ -329,12 +363,50 @@ def adam_rows(
     m, v = exp_avg.to(W.dtype), exp_avg_sq.to(W.dtype)
     m = m + (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g * g
-    W.sub_(lr / (1 - beta1**step) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps))
+    updated = W - lr / (1 - beta1**step) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
     if unit_norm:
-        norm = torch.linalg.vector_norm(W, dim=1, keepdim=True)
-        W.div_(torch.where(norm > 0, norm, 1))
-    noise = _noise(W.numel(), step, W.device)
-    _store_moment(exp_avg, m, noise & 0xFFFF)
-    _store_moment(exp_avg_sq, v, noise >> 16)
-    if shadow is not None:
-        shadow.copy_(W)
+        norm = torch.linalg.vector_norm(updated, dim=1, keepdim=True)
+        updated = updated / torch.where(norm > 0, norm, 1)
+    if exp_avg.dtype != W.dtype:
+        noise = _noise(W.numel(), step, W.device)
+        m, v = _rounded(m, noise & 0xFFFF), _rounded(v, noise >> 16)
+    for old, new in ((W, updated), (exp_avg, m), (exp_avg_sq, v), (shadow, updated)):
+        if old is not None:
+            old.copy_(new if scale is None else torch.where(scale.isnan(), old, new.to(old.dtype)))
+
+
+def sparse_gradients(
+    terms: Sequence[PairTerms],
+    x: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    dense: DenseRows | None,
+    *,
+    gradients: Callable[..., LatentGradients] = latent_gradients,
+    adam: Callable[..., None] = adam_rows,
+) -> SparseGradients:
+    """Of `latent_gradients` those of the encoder and of W_dec, `dense` added to them (SPEC 4.3)."""
+    terms = [term._replace(adds_b_dec=False) for term in terms]
+    dW_enc, db_enc, dW_dec, _ = gradients(terms, x, W_dec, b_dec, None)
+    if dense is not None:
+        for total, rows in ((dW_enc, dense.dW_enc), (db_enc, dense.db_enc), (dW_dec, dense.dW_dec)):
+            total.index_add_(0, dense.latents, rows.to(total.dtype))
+    norms = torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in (dW_enc, dW_dec)])
+    return SparseGradients(norms.square().sum(), db_enc, W_dec.shape, partial(adam_latents, dW_enc, dW_dec, adam))
+
+
+def adam_latents(
+    dW_enc: Tensor,
+    dW_dec: Tensor,
+    adam: Callable[..., None],
+    W_enc: Tensor,
+    W_dec: Tensor,
+    moments: LatentMoments,
+    scale: Tensor | None,
+    shadow: Tensor | None,
+    unit_norm: bool,
+    *settings: float,
+) -> None:
+    """`adam_rows` of W_enc, whose shadow it is, and of W_dec, which alone is held to unit rows (SPEC 4.1)."""
+    adam(W_enc, dW_enc, *moments[:2], scale, shadow, *settings, False, False)
+    adam(W_dec, dW_dec, *moments[2:], scale, None, *settings, unit_norm, unit_norm)

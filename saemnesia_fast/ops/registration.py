@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backend, cpu_backend, cuda_backend, eager_backend, reference, triton_backend
 from .eager_backend import rows as _rows
-from .reference import LatentGradients, PairTerms
+from .reference import DenseRows, LatentGradients, PairTerms, SparseGradients
 from .validation import check_range
 
 _library = torch.library.Library("saemnesia_fast", "DEF")
@@ -298,6 +298,15 @@ def add_latent_gradients(
         for total, gradient in zip(out, _ops.latent_gradients(*columns, x, W_dec, b_dec, W_enc), strict=True):
             total.add_(gradient)
     return out
+
+
+def sparse_gradients(
+    terms: Sequence[PairTerms], x: Tensor, W_dec: Tensor, b_dec: Tensor, dense: DenseRows | None
+) -> SparseGradients:
+    """Into the backend: no graph holds it."""
+    for term in terms:
+        check_range("indices", term.indices, W_dec.shape[0])
+    return backend.select("sparse_gradients", x.device)(terms, x, W_dec, b_dec, dense)
 
 
 def erase_in_place(x: Tensor, *arguments: Any) -> Tensor:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference import LatentGradients, PairTerms, compute_dtype
+from .reference import DenseRows, LatentGradients, LatentMoments, PairTerms, SparseGradients, compute_dtype
 
 MODES = ("exact", "released", "reconstruct")
 PRECISIONS = ("default", "exact")
+SHADOWS = (torch.float16, torch.bfloat16)
 
 
 def check_tensor(name: str, tensor: object, like: Tensor | None = None, integer: bool = False) -> None:
@@ -72,14 +73,25 @@ def check_latents(values: Tensor, indices: Tensor) -> None:
 def check_pairs(terms: Sequence[PairTerms], x: Tensor) -> None:
     """Check the terms against tokens x [..., d]; those after the first are named `more[i].values` and so on."""
     for number, term in enumerate(terms):
-        prefix = f"more[{number - 1}]." if number else ""
-        try:
-            _check_terms(term, x)
-        except (TypeError, ValueError) as error:
-            raise type(error)(prefix + str(error)) from None
+        _check_term(f"more[{number - 1}]." if number else "", term, x)
 
 
-def _check_terms(term: PairTerms, x: Tensor) -> None:
+def _check_term(prefix: str, term: PairTerms, x: Tensor) -> None:
+    try:
+        _check_tensors(term, x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(prefix + str(error)) from None
+
+
+def check_terms(terms: Sequence[PairTerms], x: Tensor) -> None:
+    """Check at least one term against tokens x [..., d], named `terms[i].values` and so on."""
+    if not terms:
+        raise ValueError("terms: expected at least one")
+    for number, term in enumerate(terms):
+        _check_term(f"terms[{number}].", term, x)
+
+
+def _check_tensors(term: PairTerms, x: Tensor) -> None:
     check_latents(term.values, term.indices)
     check_tensor("values", term.values, like=x)
     if term.values.shape[:-1] != x.shape[:-1]:
@@ -107,6 +119,86 @@ def check_gradients(out: LatentGradients, x: Tensor, W_dec: Tensor) -> None:
             )
 
 
+def check_decoder(W_dec: Tensor, b_dec: Tensor, x: Tensor) -> None:
+    """Check W_dec [N, d] and b_dec [d] against tokens x [..., d]."""
+    d = x.shape[-1]
+    check_tensor("W_dec", W_dec, like=x)
+    check_shape("W_dec", W_dec, "N, d", (None, d), f"x [*, d={d}]")
+    check_tensor("b_dec", b_dec, like=x)
+    check_shape("b_dec", b_dec, "d", (d,), f"x [*, d={d}]")
+
+
+def check_dense_rows(dense: DenseRows, x: Tensor, num_latents: int) -> None:
+    """Check the gradients of C latents; that these differ, and are below N, on the CPU only."""
+    d = x.shape[-1]
+    check_tensor("dense.latents", dense.latents, like=x, integer=True)
+    check_shape("dense.latents", dense.latents, "C", (None,), "[C]")
+    count = len(dense.latents)
+    for name, symbols, shape in (
+        ("dW_enc", "C, d", (count, d)),
+        ("db_enc", "C", (count,)),
+        ("dW_dec", "C, d", (count, d)),
+    ):
+        tensor = getattr(dense, name)
+        check_tensor(f"dense.{name}", tensor, like=x)
+        check_shape(f"dense.{name}", tensor, symbols, shape, f"dense.latents [C={count}] and x [*, d={d}]")
+    check_range("dense.latents", dense.latents, num_latents)
+    if x.device.type == "cpu" and len(dense.latents.unique()) != count:
+        raise ValueError("dense.latents: expected each latent once")
+
+
+def check_adam_latents(
+    gradients: SparseGradients,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    moments: LatentMoments,
+    step: int,
+    scale: Tensor | None,
+    shadow: Tensor | None,
+) -> None:
+    """Check W_enc and W_dec [N, d], and what goes with them, by the N and the dtype of the gradients."""
+    db_enc = gradients.db_enc
+    check_tensor("W_enc", W_enc, like=db_enc)
+    check_shape("W_enc", W_enc, "N, d", gradients.shape, "the gradients")
+    of_moments = (W_enc.dtype, torch.bfloat16)
+    of_others = (moments.exp_avg_enc.dtype,)
+    names = (f"moments.{name}" for name in moments._fields)
+    _check_alike(
+        "W_enc",
+        W_enc,
+        ("W_enc", W_enc, (db_enc.dtype,)),
+        ("W_dec", W_dec, (db_enc.dtype,)),
+        *zip(names, moments, (of_moments, of_others, of_others, of_others), strict=True),
+        ("shadow", shadow, SHADOWS),
+    )
+    check_step(W_enc, step, scale)
+
+
+def _check_alike(first: str, like: Tensor, *tensors: tuple[str, Tensor | None, tuple[torch.dtype, ...]]) -> None:
+    """Check the dtypes, and that all have the shape and the device of `like`, named `first`, and are contiguous."""
+    for name, tensor, dtypes in tensors:
+        if tensor is None:
+            continue
+        check_tensor(name, tensor, like=like)
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+        if tensor.shape != like.shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}: expected {list(like.shape)} contiguous as {first}, "
+                f"got {list(tensor.shape)}, strides {list(tensor.stride())}"
+            )
+
+
+def check_step(W: Tensor, step: int, scale: Tensor | None) -> None:
+    """Check the number of the step, and its scale."""
+    if scale is not None:
+        check_tensor("scale", scale, like=W)
+        if scale.dim():
+            raise ValueError(f"scale: expected one number, [], got {list(scale.shape)}")
+    if step < 1:
+        raise ValueError(f"step: expected at least 1, got {step}")
+
+
 def check_adam(
     W: Tensor,
     grad: Tensor,
@@ -121,32 +213,16 @@ def check_adam(
     check_tensor("W", W)
     if W.dim() not in ((2,) if by_rows else (1, 2)) or (W.dim() == 2 and W.shape[1] == 0):
         raise ValueError(f"W: expected [N, d]{'' if by_rows else ' or [N]'}, got {list(W.shape)}")
-    of_W = (torch.float32, torch.float64)
-    of_moments = (W.dtype, torch.bfloat16)
-    like: tuple[tuple[str, Tensor | None, tuple[torch.dtype, ...]], ...] = (
-        ("W", W, of_W),
+    _check_alike(
+        "W",
+        W,
+        ("W", W, (torch.float32, torch.float64)),
         ("grad", grad, (W.dtype,)),
-        ("exp_avg", exp_avg, of_moments),
+        ("exp_avg", exp_avg, (W.dtype, torch.bfloat16)),
         ("exp_avg_sq", exp_avg_sq, (exp_avg.dtype,)),
-        ("shadow", shadow, (torch.float16, torch.bfloat16)),
+        ("shadow", shadow, SHADOWS),
     )
-    for name, tensor, dtypes in like:
-        if tensor is None:
-            continue
-        check_tensor(name, tensor, like=W)
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-        if tensor.shape != W.shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name}: expected {list(W.shape)} contiguous as W, "
-                f"got {list(tensor.shape)}, strides {list(tensor.stride())}"
-            )
-    if scale is not None:
-        check_tensor("scale", scale, like=W)
-        if scale.dim():
-            raise ValueError(f"scale: expected one number, [], got {list(scale.shape)}")
-    if step < 1:
-        raise ValueError(f"step: expected at least 1, got {step}")
+    check_step(W, step, scale)
 
 
 def check_lines(x: Tensor, latents: Tensor, **entries: Tensor) -> None:
