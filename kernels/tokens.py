@@ -1,5 +1,6 @@
 """Tokens read and written where they lie: any tensor [..., d] as [B, T, d] with three strides."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,26 +25,29 @@ class Tokens(NamedTuple):
 
 def view(*tensors: torch.Tensor) -> tuple[Tokens, ...] | None:
     """Tensors of one shape [..., d] as [B, T, d] with one T for all; None where the strides of one forbid it."""
+    found = _strides(tensors[0].shape, tuple([tensor.stride() for tensor in tensors]))
+    return found and tuple([Tokens(tensor, *strides) for tensor, strides in zip(tensors, found, strict=True)])
+
+
+@lru_cache
+def _strides(shape: torch.Size, strides: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, int, int, int], ...] | None:
+    """What `view` adds to tensors of that shape and these strides; every erased call asks for the same."""
+    if 0 in shape:
+        return ((1, 0, 0, 1),) * len(strides)
     dims: list[tuple[int, tuple[int, ...]]] = []
-    first = tensors[0]
-    if first.numel() == 0:
-        return tuple(Tokens(tensor, 1, 0, 0, 1) for tensor in tensors)
-    for axis, size in enumerate(first.shape[:-1]):
-        strides = tuple(tensor.stride(axis) for tensor in tensors)
+    for axis, size in enumerate(shape[:-1]):
+        steps = tuple(of_tensor[axis] for of_tensor in strides)
         if size == 1:
             continue
-        if dims and all(outer == inner * size for outer, inner in zip(dims[-1][1], strides, strict=True)):
-            dims[-1] = (dims[-1][0] * size, strides)
+        if dims and all(outer == inner * size for outer, inner in zip(dims[-1][1], steps, strict=True)):
+            dims[-1] = (dims[-1][0] * size, steps)
         else:
-            dims.append((size, strides))
+            dims.append((size, steps))
     if len(dims) > 2:
         return None
-    missing = [(1, (0,) * len(tensors))] * (2 - len(dims))
-    (_, outer), (per_batch, inner) = dims + missing if first.stride(-1) == 1 else missing + dims
-    return tuple(
-        Tokens(tensor, per_batch, outer[number], inner[number], tensor.stride(-1))
-        for number, tensor in enumerate(tensors)
-    )
+    missing = [(1, (0,) * len(strides))] * (2 - len(dims))
+    (_, outer), (per_batch, inner) = dims + missing if strides[0][-1] == 1 else missing + dims
+    return tuple((per_batch, o, i, of_tensor[-1]) for o, i, of_tensor in zip(outer, inner, strides, strict=True))
 
 
 def locate(x: torch.Tensor) -> Tokens:

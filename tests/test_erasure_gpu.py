@@ -129,6 +129,25 @@ def test_a_captured_step_follows_all_that_changes(mode: str, dtype: torch.dtype)
 
 
 @gpu
+def test_streams_and_graphs_share_no_scratch_memory() -> None:
+    scene = Scene("cuda", torch.float16)
+    with scene.erased():
+        expected = scene.call()
+        graph, result = captured(scene.call)
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        torch.cuda.synchronize()
+        seen = [result]
+        for _ in range(8):
+            graph.replay()
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    seen.append(scene.call())
+        torch.cuda.synchronize()
+    for one in seen:
+        torch.testing.assert_close(one, expected)
+
+
+@gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_never_waits_for_the_device(mode: str) -> None:
     scene = Scene("cuda", torch.float16)

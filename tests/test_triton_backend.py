@@ -3,7 +3,9 @@
 import json
 import os
 from collections import defaultdict
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from saemnesia_fast import ops
 from saemnesia_fast.ops import backend, triton_backend, triton_tiles
 from saemnesia_fast.ops.triton_tiles import Tile, Tiles
+from saemnesia_fast.ops.workspace import Workspace
 from triton_cases import MODES, selection
 from weights import random_tokens, random_weights
 
@@ -110,15 +113,18 @@ class Launches:
         monkeypatch.setattr(JITFunction, "run", run)
 
 
-def everything(x: Tensor, num_lines: int, num_entries: int, precision: str, in_place: bool = False) -> None:
+def everything(
+    x: Tensor, num_lines: int, num_entries: int, precision: str, in_place: bool, workspace: Workspace
+) -> None:
     """Every op, on tokens x [..., 64]."""
     weights, W_dec = random_weights(64, 512, x.dtype if precision == "default" else torch.float32)
     lines = [t[:, 1:] for t in selection(num_lines, 1 + num_entries, n=512)]
     values, indices = triton_backend.encode_topk(x, *weights, 32, precision)
     triton_backend.decode(values, indices.clamp(0, 511), W_dec, weights.b_dec)
     triton_backend.probe(x, *weights, 32, *lines[:2], precision)
-    for mode in MODES:
-        triton_backend.erase(x, *weights, W_dec, 32, *lines, mode, False, precision, in_place=in_place)
+    options = {"in_place": in_place, "workspace": workspace}
+    for mode in (*MODES, "exact"):
+        triton_backend.erase(x, *weights, W_dec, 32, *lines, mode, False, precision, **options)
 
 
 @pytest.mark.skipif(triton_backend.find_spec("triton") is None, reason="triton is not installed")
@@ -127,14 +133,14 @@ def everything(x: Tensor, num_lines: int, num_entries: int, precision: str, in_p
 @pytest.mark.parametrize("layout", ["nchw", "matrix"])
 def test_a_new_batch_compiles_nothing(monkeypatch: pytest.MonkeyPatch, layout: str, precision: str) -> None:
     """Whatever the number of images, tokens, lines and entries."""
-    launches = Launches(monkeypatch)
+    launches, workspace = Launches(monkeypatch), Workspace()
     compiled = None
     for images, num_lines, num_entries in ((2, 1, 3), (1, 1, 1), (3, 3, 16), (16, 2, 7), (17, 17, 9)):
         if layout == "nchw":
             x = random_tokens(images, 64, 4, 4, dtype=torch.float16).permute(0, 2, 3, 1)
         else:
             x = random_tokens(num_lines * (images * 3 - 2), 64, dtype=torch.float16)
-        everything(x, num_lines, num_entries, precision, in_place=images == 3)
+        everything(x, num_lines, num_entries, precision, images == 3, workspace)
         compiled = compiled or {name: set(variants) for name, variants in launches.variants.items()}
         assert launches.variants == compiled
     kernels = {"encode_kernel", "select_kernel", "decode_kernel", "probe_kernel", "rank_kernel", "erase_kernel"}
@@ -158,3 +164,96 @@ def test_a_new_timestep_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
             triton_backend.steering_lines(given, times, *tables, switches, rows, rows, rows // 2, 900.0, 0.0)
     assert len(launches.variants["steering_lines_kernel"]) == 1
     assert not launches.specialised
+
+
+class OnGPU:
+    """Stands in for a GPU with a stream, from which a graph may be captured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream, self.capturing = 7, False
+        self.x = SimpleNamespace(is_cuda=True, device=CUDA, get_device=lambda: 0)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: self.stream, raising=False)
+
+    def call(self, workspace: Workspace, size: int = 4) -> Tensor:
+        """What a call that needs a tensor of `size` elements is given."""
+        key, scratch = workspace.take(lambda x, size: (torch.empty(size),), self.x, size)  # type: ignore[arg-type]
+        workspace.put_back(key, scratch)
+        return scratch[0]
+
+
+def test_scratch_memory_is_that_of_the_last_call_like_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, workspace = OnGPU(monkeypatch), Workspace()
+    first = gpu.call(workspace)
+    assert gpu.call(workspace) is first
+    larger = gpu.call(workspace, 9)
+    assert workspace.num_bytes == larger.nbytes == 36
+    assert gpu.call(workspace) is not first
+    assert gpu.call(Workspace()) is not gpu.call(workspace)
+    workspace.clear()
+    assert workspace.num_bytes == 0
+
+
+def test_streams_share_no_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, workspace = OnGPU(monkeypatch), Workspace()
+    first = gpu.call(workspace)
+    gpu.stream = 8
+    assert gpu.call(workspace) is not first
+
+
+def test_a_captured_graph_has_scratch_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, workspace = OnGPU(monkeypatch), Workspace()
+    first = gpu.call(workspace)
+    gpu.capturing = True
+    in_graph = gpu.call(workspace)
+    gpu.capturing = False
+    assert in_graph is not first
+    assert gpu.call(workspace) is first
+
+
+def test_calls_at_the_same_time_share_no_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, workspace = OnGPU(monkeypatch), Workspace()
+    gpu.call(workspace)
+    taken = [workspace.take(lambda x: (torch.empty(4),), gpu.x)[1][0] for _ in range(2)]  # type: ignore[arg-type]
+    assert taken[0] is not taken[1]
+    assert workspace.num_bytes == 16
+
+
+def test_a_copy_of_a_workspace_begins_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = Workspace()
+    OnGPU(monkeypatch).call(workspace)
+    assert deepcopy(workspace).num_bytes == 0
+
+
+@pytest.mark.skipif(triton_backend.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("precision", ["default", "exact"])
+def test_a_call_with_a_workspace_allocates_nothing_in_place(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """But new counters, once in many calls."""
+    Launches(monkeypatch)
+    monkeypatch.setattr(triton_backend, "COUNTERS", 3)
+    weights, W_dec = random_weights(64, 512, torch.float32)
+    arguments = (*weights, W_dec, 32, *selection(1, 4, n=512), "exact", False, precision)
+    x, workspace = random_tokens(32, 64, dtype=torch.float16), Workspace()
+    allocated = []
+    for name in ("new_empty", "new_zeros"):
+        new = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda *a, new=new, **kw: allocated.append(new(*a, **kw)) or allocated[-1])
+    seen = []
+    for _ in range(9):
+        allocated.clear()
+        triton_backend.erase(x, *arguments, in_place=True, workspace=workspace)
+        seen.append(len(allocated))
+    assert seen[0] > 4
+    assert seen[1:] == [1, 0, 0, 1, 0, 0, 1, 0]
+
+
+def test_only_who_asks_for_it_is_given_a_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_slots", dict(backend._slots))
+    monkeypatch.setattr(backend, "_selected", {})
+    cpu, workspace = torch.device("cpu"), Workspace()
+    with ops.use_backend("eager"):
+        assert backend.select("erase", cpu, workspace) is backend.select("erase", cpu)
+        backend.register("erase", "eager", lambda x, workspace=None: workspace, takes_workspace=True)
+        assert backend.select("erase", cpu, workspace)(None) is workspace
+        assert backend.select("erase", cpu)(None) is None

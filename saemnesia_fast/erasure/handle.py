@@ -118,9 +118,8 @@ class Erasure:
 
     def remove(self) -> None:
         """Take everything off again, leaving the pipeline as it was (SPEC 7.4). A second call does nothing."""
-        for attachment in self._attachments.values():
-            attachment.remove()
-        self._attachments.clear()
+        for name in self.hook_points:
+            self._detach(name)
         if self._clock_attachment is not None:
             self._clock_attachment.remove()
             self._clock_attachment = None
@@ -129,10 +128,14 @@ class Erasure:
             self._unguard = None
         self._clock.timesteps = None
 
-    def _release(self, name: str) -> None:
+    def _detach(self, name: str) -> None:
         attachment = self._attachments.pop(name, None)
         if attachment is not None:
             attachment.remove()
+            self._points[name].workspace.clear()
+
+    def _release(self, name: str) -> None:
+        self._detach(name)
         if not self._attachments:
             self.remove()
 
@@ -212,11 +215,12 @@ class Erasure:
             lines.append("not in effect: removed, or replaced by another erasure")
         for name, point in self._points.items():
             if name in self._attachments:
-                tables = point.tables
+                tables, held = point.tables, point.workspace.num_bytes
                 used = (tables.thresholds != torch.inf).sum(-1)
                 lines.append(
                     f"{name}: {', '.join(tables.concepts) or 'nothing'}; {int(used.min())} to {int(used.max())} "
                     f"latents a step, room for {tables.capacity}; {len(tables.timesteps)} stored timesteps"
+                    f"{f'; {held / 2**20:.1f} MiB of scratch memory' if held else ''}"
                 )
         point = next(iter(self._points.values()))
         lines += [f"{op} on {point.device}: {name} ({why})" for op, name, why in point.backends]

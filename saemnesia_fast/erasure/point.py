@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from saemnesia_fast import ops
 from saemnesia_fast.ops import backend
 from saemnesia_fast.ops.registration import only_numbers
+from saemnesia_fast.ops.workspace import Workspace
 from saemnesia_fast.sae import unit_norm_statistics
 
 from .clock import Counter
@@ -75,6 +76,7 @@ class ErasurePoint:
         self.cfg: bool | None = None
         self.device: torch.device | None = None
         self.backends: list[backend.Choice] = []
+        self.workspace = Workspace()
 
     def follow(self, device: torch.device) -> None:
         """Be on `device`, to be used in and out of inference mode, and decide who computes there."""
@@ -85,7 +87,8 @@ class ErasurePoint:
             self.runs.to(device)
             self.tables.settle(device)
         self._weights = self.weights.in_order()
-        self._erase = backend.select("erase", device)
+        self.workspace.clear()
+        self._erase = backend.select("erase", device, self.workspace)
         needed = ["erase", "steering_lines"]
         if self.recorder is not None:
             self._probe = backend.select("probe", device)

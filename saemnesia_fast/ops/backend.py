@@ -3,10 +3,13 @@
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+
+from .workspace import Workspace
 
 logger = logging.getLogger("saemnesia_fast")
 
@@ -45,10 +48,11 @@ class Choice(NamedTuple):
 class Slot(NamedTuple):
     implementation: Callable[..., Any]
     refuse: Callable[[torch.device], Refusal | None]
+    takes_workspace: bool = False
 
 
 _slots: dict[tuple[str, str], Slot] = {}
-_selected: dict[tuple[Any, ...], Callable[..., Any]] = {}
+_selected: dict[tuple[Any, ...], Slot] = {}
 _chosen: str | None = None
 _logged: set[tuple[str, str]] = set()
 
@@ -58,11 +62,15 @@ def register(
     backend: str,
     implementation: Callable[..., Any],
     refuse: Callable[[torch.device], Refusal | None] = lambda device: None,
+    takes_workspace: bool = False,
 ) -> None:
-    """Fill the slot of `op` and `backend`. `refuse(device)` says why it cannot run there, or None if it can."""
+    """Fill the slot of `op` and `backend`. `refuse(device)` says why it cannot run there, or None if it can.
+
+    `takes_workspace`: the implementation has a keyword `workspace`, a `Workspace` or None.
+    """
     if op not in OPS or backend not in BACKENDS:
         raise ValueError(f"op, backend: expected one of {OPS} and one of {BACKENDS}, got {op!r} and {backend!r}")
-    _slots[op, backend] = Slot(implementation, refuse)
+    _slots[op, backend] = Slot(implementation, refuse, takes_workspace)
     _selected.clear()
 
 
@@ -117,8 +125,10 @@ def _resolve(op: str, device: torch.device) -> tuple[str, list[tuple[str, Refusa
     raise RuntimeError(f"{op}: backend {name!r} was chosen but cannot run on {device}: {refused[-1][1].reason}")
 
 
-def select(op: str, device: torch.device) -> Callable[..., Any]:
+def select(op: str, device: torch.device, workspace: Workspace | None = None) -> Callable[..., Any]:
     """Return the implementation of `op` for tensors on `device`; looked for once for each choice of the user.
+
+    Given a `workspace`, it is that of a single caller and keeps its scratch memory there, if it takes one.
 
     Under "auto", a faster backend that is missing without need is logged once per (op, reason) at WARNING, or raises
     RuntimeError if SAEMNESIA_FAST_STRICT=1.
@@ -127,10 +137,13 @@ def select(op: str, device: torch.device) -> Callable[..., Any]:
     key = (op, device, _chosen, environment("SAEMNESIA_FAST_BACKEND"), environment("SAEMNESIA_FAST_STRICT"))
     if key not in _selected:
         _selected[key] = _select(op, device)
-    return _selected[key]
+    slot = _selected[key]
+    if workspace is not None and slot.takes_workspace:
+        return partial(slot.implementation, workspace=workspace)
+    return slot.implementation
 
 
-def _select(op: str, device: torch.device) -> Callable[..., Any]:
+def _select(op: str, device: torch.device) -> Slot:
     backend, refused = _resolve(op, device)
     for faster, refusal in refused:
         if refusal.missed:
@@ -140,7 +153,7 @@ def _select(op: str, device: torch.device) -> Callable[..., Any]:
             if (op, refusal.reason) not in _logged:
                 _logged.add((op, refusal.reason))
                 logger.warning(message)
-    return _slots[op, backend].implementation
+    return _slots[op, backend]
 
 
 def backend_report(device: torch.device | str = "cpu") -> list[Choice]:

@@ -3,24 +3,31 @@
 No launch waits for the device, looks at data, or allocates by what it finds: all of it can be captured in a CUDA graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backend
 from .backend import Refusal, current_backend
-from .triton_product import product, round_rows
+from .triton_product import Product, product, round_rows
 from .triton_tiles import EXACT_PROBE, SCREEN_WARPS, num_programs
+from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from saemnesia_fast.kernels.tokens import Tokens
 
 MAX_K = 256
 DOUBTFUL = 32
 """Room for latents that a screen cannot tell from the k-th largest, of which a token ordinarily has a few."""
 Z_BYTES = 1 << 29
 """Room for the pre-activations of `encode_topk`: longer batches are encoded in parts."""
+
+COUNTERS = 64
+"""Zeros that one launch fills, for as many calls that share a `Workspace`."""
 
 
 @cache
@@ -235,46 +242,75 @@ class Probed(NamedTuple):
     """[1] int32."""
 
 
+class Scratch(NamedTuple):
+    """What the kernels of `erase` and `probe` tell each other."""
+
+    z: Tensor
+    rank: Tensor
+    rows: Tensor
+    flagged_x: Tensor
+    """[M, d] of the product's operand: the flagged tokens' values."""
+    screen: Tensor | None
+    doubts: Tensor | None
+    counters: Iterator[Tensor]
+    """[1] int32 zeros, one for each call."""
+
+
+def _counters(like: Tensor) -> Iterator[Tensor]:
+    """Zeros to count in; those of a second call and later ones are filled together, each aligned for Triton."""
+    yield like.new_zeros(1, dtype=torch.int32)
+    while True:
+        yield from like.new_zeros(COUNTERS, 4, dtype=torch.int32)[:, :1].unbind()
+
+
+def _new_scratch(x: Tensor, rows: int, num_entries: int, d: int, operand: torch.dtype, exact: bool) -> Scratch:
+    from saemnesia_fast.kernels.probe import DOUBTS
+
+    z = x.new_empty(rows, num_entries, dtype=torch.float32)
+    rank = z.new_empty(rows, num_entries, dtype=torch.int32)
+    screen = z.new_empty(rows, 2) if exact else None
+    doubts = rank.new_empty(rows, num_entries, 1 + DOUBTS.value) if exact else None
+    return Scratch(z, rank, rank.new_empty(rows), z.new_empty(rows, d, dtype=operand), screen, doubts, _counters(z))
+
+
+def _needed(x: Tensor, weights: Product, latents: Tensor) -> tuple[int, int, int, torch.dtype, bool]:
+    """Of `_new_scratch`, after x."""
+    d = x.shape[-1]
+    return x.numel() // d, latents.shape[1], d, weights.dtype, weights.screen is not None
+
+
 def _probe(
-    x: Tensor,
+    source: "Tokens",
+    target: "Tokens | None",
+    weights: Product,
     W_enc: Tensor,
-    b_enc: Tensor,
     b_dec: Tensor,
     k: int,
     latents: Tensor,
     thresholds: Tensor,
     factors: Tensor | None,
-    precision: str,
-    out: Tensor | None = None,
+    scratch: Scratch,
 ) -> Probed:
-    """The activations and ranks of all entries; tokens with NaN or infinity become NaN in `out`. At least one token."""
-    from saemnesia_fast.kernels.probe import DOUBTS, probe_kernel, rank_kernel, settle_kernel
-    from saemnesia_fast.kernels.tokens import locate, view
+    """The activations and ranks of all entries; tokens with NaN or infinity become NaN in `target`, which has the T of
+    `source`. At least one token."""
+    from saemnesia_fast.kernels.probe import probe_kernel, rank_kernel, settle_kernel
 
-    d, num_latents = x.shape[-1], W_enc.shape[0]
-    rows, (num_lines, num_entries) = x.numel() // d, latents.shape
-    weights = product(x, W_enc, b_enc, b_dec, precision)
+    num_latents, d = W_enc.shape
+    num_lines, num_entries = latents.shape
     exact = weights.screen is not None
     probing, ranking = weights.tiles.probe, weights.tiles.rank
     if exact:
         probing, ranking = EXACT_PROBE, ranking._replace(warps=SCREEN_WARPS)
-    per_line = rows // num_lines
+    per_line = len(scratch.rows) // num_lines
     tiles_per_line = -(-per_line // probing.tokens)
-    source = locate(x)
-    target = source if out is None else view(x, out)[1]
-    z = x.new_empty(rows, num_entries, dtype=torch.float32)
-    rank = x.new_empty(rows, num_entries, dtype=torch.int32)
-    flagged = Probed(z, rank, x.new_empty(rows, dtype=torch.int32), x.new_zeros(1, dtype=torch.int32))
-    flagged_x = x.new_empty(rows, d, dtype=weights.dtype)
-    W, shift, screen, doubts = weights.W_enc, None, None, None
-    if exact:
-        W, shift = W_enc.contiguous(), b_dec.contiguous()
-        screen = z.new_empty(rows, 2)
-        doubts = rank.new_empty(rows, num_entries, 1 + DOUBTS.value)
+    written = target or source
+    z, rank, flagged_rows, flagged_x, screen, doubts, counters = scratch
+    flagged = Probed(z, rank, flagged_rows, next(counters))
+    W, shift = (W_enc.contiguous(), b_dec.contiguous()) if exact else (weights.W_enc, None)
     probe_kernel[(num_lines * tiles_per_line,)](
         *source,
-        *target[:1],
-        *target[2:],
+        *written[:1],
+        *written[2:],
         W,
         weights.bias,
         latents,
@@ -291,12 +327,12 @@ def _probe(
         d,
         k,
         HAS_FACTORS=factors is not None,
-        HAS_OUT=out is not None,
+        HAS_OUT=target is not None,
         ALIGNED=source.aligned(per_line, probing.tokens),
         BLOCK_S=probing.latents,
         **weights.launch(probing),
     )
-    rank_kernel[(num_programs(x.device),)](
+    rank_kernel[(num_programs(z.device),)](
         flagged_x,
         *flagged,
         weights.W_enc,
@@ -314,7 +350,7 @@ def _probe(
         **weights.launch(ranking),
     )
     if exact:
-        settle_kernel[(num_programs(x.device),)](
+        settle_kernel[(num_programs(z.device),)](
             *source,
             *flagged,
             W,
@@ -344,11 +380,16 @@ def probe(
     precision: str = "default",
 ) -> tuple[Tensor, Tensor]:
     """`ops.probe`."""
+    from saemnesia_fast.kernels.tokens import locate
+
     shape = (*x.shape[:-1], latents.shape[1])
     if x.numel() == 0:
         return x.new_empty(shape), x.new_empty(shape, dtype=torch.bool)
     with torch.cuda.device_of(x):
-        seen = _probe(x, W_enc, b_enc, b_dec, k, latents.contiguous(), thresholds.contiguous(), None, precision)
+        weights = product(x, W_enc, b_enc, b_dec, precision)
+        lines = (latents.contiguous(), thresholds.contiguous(), None)
+        scratch = _new_scratch(x, *_needed(x, weights, latents))
+        seen = _probe(locate(x), None, weights, W_enc, b_dec, k, *lines, scratch)
         return seen.z.to(x.dtype).view(shape), (seen.rank < k).view(shape)
 
 
@@ -366,8 +407,13 @@ def erase(
     norm_scaled: bool,
     precision: str = "default",
     in_place: bool = False,
+    workspace: Workspace | None = None,
 ) -> Tensor:
-    """`ops.erase`; `in_place` writes x' over x (mode "exact" without `norm_scaled` then copies no token)."""
+    """`ops.erase`; `in_place` writes x' over x (mode "exact" without `norm_scaled` then copies no token).
+
+    What "exact" keeps in the workspace is small. The others' [M, N] pre-activations are not: a UNet needs that memory
+    for itself between two calls.
+    """
     from saemnesia_fast.kernels.erase import erase_kernel
     from saemnesia_fast.kernels.tokens import view
 
@@ -377,7 +423,8 @@ def erase(
         return out
     located = view(x, out)
     if located is None:
-        return out.copy_(erase(x.contiguous(), W_enc, b_enc, b_dec, W_dec, k, *lines, mode, norm_scaled, precision))
+        arguments = (W_enc, b_enc, b_dec, W_dec, k, *lines, mode, norm_scaled, precision)
+        return out.copy_(erase(x.contiguous(), *arguments, workspace=workspace))
     if mode != "exact" or norm_scaled:
         values, indices = encode_topk(x, W_enc, b_enc, b_dec, k, precision, torch.float32)
         _sum_directions(values, indices, W_dec, b_dec, x, out, lines, mode, norm_scaled)
@@ -385,8 +432,11 @@ def erase(
     if not in_place:
         out.copy_(x)
     with torch.cuda.device_of(x):
-        seen = _probe(x, W_enc, b_enc, b_dec, k, *lines, precision, out)
+        weights = product(x, W_enc, b_enc, b_dec, precision)
+        needed = _needed(x, weights, latents)
+        key, scratch = (workspace or Workspace()).take(_new_scratch, x, *needed)
         source, target = located
+        seen = _probe(source, target, weights, W_enc, b_dec, k, *lines, scratch)
         d, num_entries = x.shape[-1], latents.shape[1]
         erase_kernel[num_programs(x.device), -(-d // 256)](
             *source,
@@ -404,6 +454,8 @@ def erase(
             BLOCK_D=256,
             num_warps=2,
         )
+        if workspace is not None:
+            workspace.put_back(key, scratch)
     return out
 
 
@@ -427,6 +479,7 @@ def _or_eager(op: str, implementation: Callable[..., Any]) -> Callable[..., Any]
             return implementation(tokens, *arguments, **options)
         if current_backend() == "triton":
             raise RuntimeError(f"{op}: backend 'triton' was chosen but cannot compute this: {reason}")
+        options.pop("workspace", None)
         return eager(tokens, *arguments, **options)
 
     return run
@@ -480,5 +533,5 @@ def steering_lines(
 def register() -> None:
     """Fill the slots; nothing is imported yet. The eager ones must be filled before."""
     for op, implementation in (("encode_topk", encode_topk), ("decode", decode), ("erase", erase), ("probe", probe)):
-        backend.register(op, "triton", _or_eager(op, implementation), refuse)
+        backend.register(op, "triton", _or_eager(op, implementation), refuse, takes_workspace=op == "erase")
     backend.register("steering_lines", "triton", steering_lines, refuse)
