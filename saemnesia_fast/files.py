@@ -37,11 +37,11 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Callable[[Path], No
             else:
                 temporary.write_bytes(data)
             temporary.chmod(0o666 & ~_umask())
-            _fsync(temporary)
+            fsync(temporary)
             temporary.replace(path)
         finally:
             shutil.rmtree(folder)
-        _fsync(path.parent)
+        fsync(path.parent)
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
@@ -69,7 +69,8 @@ def _umask() -> int:
     return mask
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until the file or folder `path` is on the disk."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)

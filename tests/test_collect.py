@@ -2,6 +2,7 @@
 
 import errno
 import logging
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -264,6 +265,10 @@ def test_commands_collect_then_train(pipe, tmp_path, capsys):
     nested = [word.replace("--", "--sampling.") for word in plain]
     live = [*source, *nested, "--steps", "3", "--buffer-tokens", "64"]
     main(["train", *live, *recipe, "--out-dir", str(tmp_path / "live")])
+    several = ["--more-hook-points", HOOK_POINTS[1], "--more-k", "2"]
+    main(["train", *shards, *recipe, *several, "--out-dir", str(tmp_path / "several")])
+    for name, k in product(HOOK_POINTS, (4, 2)):
+        assert TopKSAE.from_pretrained(tmp_path / f"several/k{k}", subfolder=name).k == k
     for run in ("shards", "live"):
         sae = TopKSAE.from_pretrained(tmp_path / run, subfolder=HOOK_POINTS[0])
         assert (sae.d, sae.num_latents, sae.k) == (64, 128, 4)

@@ -7,6 +7,7 @@ encoder no gradient of AuxK and multi-TopK, and one through kept zeros.
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +18,9 @@ from torch import Tensor
 from providers import _import_alone
 from saemnesia_fast import ops
 from saemnesia_fast.ops import LatentGradients, PairTerms
+from saemnesia_fast.sae import TopKSAE
+from saemnesia_fast.training.optim import Adam
+from saemnesia_fast.training.step import Objective, batch_gradient
 from weights import random_tokens, random_weights
 
 D, N, M = 12, 40, 17
@@ -170,6 +174,39 @@ def test_the_single_pass_equals_dense_autograd(case: Case) -> None:
     first, *more = terms_of(case, x, W_enc, b_enc, W_dec, b_dec)
     got = ops.latent_gradients(*first[:3], x, W_dec, b_dec, W_enc, None, more)
     assert_equal([got.dW_enc, got.db_enc, got.dW_dec, got.db_dec], expected(case))
+
+
+def first_moments(sae: TopKSAE, gradient: Any) -> list[Tensor]:
+    """The gradient that the first step of the trainer's Adam has seen; it is stored nowhere."""
+    adam = Adam(sae, eps=1.0)
+    adam.step(gradient, 1, 0.0, torch.ones((), dtype=torch.float64))
+    names = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
+    return [adam.state_dict()[f"{name}.exp_avg"] / (1 - 0.9) for name in names]
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_trainers_step_equals_dense_autograd(case: Case, micro_batches: int) -> None:
+    """Its losses are over the variance; supervised terms, which it does not have yet, go the same way as pairs."""
+    W_enc, b_enc, W_dec, b_dec = (parameter.detach() for parameter in parameters(case))
+    x, weights = tokens(), (W_enc, b_enc, W_dec, b_dec)
+    sae = TopKSAE.init(D, N, case.k, dtype=torch.float64, normalize_decoder=False).requires_grad_(False)
+    for parameter, weight in zip((sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), weights, strict=True):
+        parameter.copy_(weight)
+    scale = 1.0
+    if case.supervised:
+        terms = terms_of(case, x, *weights)
+        sparse = ops.sparse_gradients(terms, x, W_dec, b_dec)
+        db_dec = sum(t.grad_x_hat.sum(0) for t in terms if t.adds_b_dec) - sparse.db_enc @ W_enc
+        gradient: Any = SimpleNamespace(sparse=sparse, db_dec=db_dec)
+    else:
+        objective = Objective(case.k, ALPHA if case.auxk else 0.0, case.multi)
+        candidates = torch.arange(N)[DEAD | (torch.arange(N) == 3)]
+        dead = DEAD[candidates]
+        gradient = batch_gradient(sae, x, objective, dead, candidates, micro_batches=micro_batches)
+        scale = float((x - x.mean(0)).square().sum())
+    assert_equal([scale * moment for moment in first_moments(sae, gradient)], expected(case))
 
 
 @pytest.mark.usefixtures("each_backend")

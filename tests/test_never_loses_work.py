@@ -253,17 +253,17 @@ def test_a_bad_batch_is_skipped_counted_and_changes_nothing(options, tmp_path, c
     config = TrainConfig(**RECIPE | options, out_dir=tmp_path, on_bad_batch="skip")
     trainer = Trainer(config, TensorActivations(x, 64))
     states = []
-    step = trainer._train_or_skip
+    step = trainer.train_step
 
     def recorded(batch):
         result = step(batch)
-        moments = trainer._optimizer.state_dict()["state"]
-        tensors = [*trainer.sae.parameters(), trainer._tokens_since_fired]
-        tensors += [tensor for state in moments.values() for tensor in state.values()]
+        activity = trainer.activity
+        tensors = [*trainer.sae.parameters(), activity.tokens_since_fired, activity.firings]
+        tensors += trainer._adam.state_dict().values()
         states.append([tensor.detach().clone() for tensor in tensors])
         return result
 
-    trainer._train_or_skip = recorded
+    trainer.train_step = recorded
     sae = trainer.fit()
     assert all(parameter.isfinite().all() for parameter in sae.parameters())
     for number in range(1, 40):

@@ -1,12 +1,20 @@
 """The `train` command."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from saemnesia_fast.training import LiveActivations, Sampling, ShardActivations, TrainConfig, train_sae
-from saemnesia_fast.training.data import ActivationSource
+from saemnesia_fast.training import (
+    LiveActivations,
+    Sampling,
+    SeveralActivations,
+    ShardActivations,
+    TrainConfig,
+    train_saes,
+)
+from saemnesia_fast.training.parallel import connect
+from saemnesia_fast.training.trainer import TokenBatches
 
 from .inputs import load_pipeline, read_prompts, resolve_device
 
@@ -24,6 +32,10 @@ class Train(TrainConfig):
     """Folder for the checkpoint, the metrics and the finished SAE, in a subfolder named after the hook point."""
     hook_point: str = field()
     """Block of the UNet, for example unet.up_blocks.1.attentions.1."""
+    more_hook_points: tuple[str, ...] = ()
+    """Further blocks, for each an SAE from the same prompts; with --model their maps must be of one size."""
+    more_k: tuple[int, ...] = ()
+    """Further numbers of latents per token, for each an SAE on the same tokens, then all in folders k<k> of out_dir."""
     activations: Path | None = None
     """Folder that `collect` wrote."""
     model: str | None = None
@@ -41,18 +53,34 @@ class Train(TrainConfig):
     """Tokens that are shuffled together; as many again are fetched meanwhile."""
     buffer_device: str | None = None
     """Where these tokens wait; default: where the SAE is trained."""
+    latent_ranks: int = 1
+    """Under torchrun: how many processes share the latents. Groups of so many share the tokens of each batch."""
 
     def run(self) -> None:
-        train_sae(self, self._data())
-        logger.info("wrote the SAE to %s", self.out_dir / self.hook_point)
+        with connect(self.latent_ranks, self.device) as layout:
+            self.device = layout.device or self.device
+            names = (self.hook_point, *self.more_hook_points)
+            runs = [
+                replace(self, hook_point=name, k=k, out_dir=self.out_dir / f"k{k}" if self.more_k else self.out_dir)
+                for name in names
+                for k in (self.k, *self.more_k)
+            ]
+            train_saes(runs, self._data(), layout)
+            for config in runs:
+                logger.info("wrote the SAE to %s", config.out_dir / config.hook_point)
 
-    def _data(self) -> ActivationSource:
+    def _data(self) -> TokenBatches:
         size = {"batch_size": self.batch_size, "buffer_tokens": self.buffer_tokens}
         device = self.buffer_device or resolve_device(self.device)
+        names = (self.hook_point, *self.more_hook_points)
         if self.activations is not None and self.model is None and self.prompts is None:
-            return ShardActivations(self.activations, self.hook_point, seed=self.seed, device=device, **size)
+            sources = {
+                name: ShardActivations(self.activations, name, seed=self.seed, device=device, **size) for name in names
+            }
+            return SeveralActivations(sources) if self.more_hook_points else sources[self.hook_point]
         if self.activations is None and self.model is not None and self.prompts is not None:
             prompts = read_prompts(self.prompts)
             pipe = load_pipeline(self.model, self.revision, self.device, self.dtype)
-            return LiveActivations(pipe, prompts, self.hook_point, self.sampling, device=device, **size)
+            hook_points = names if self.more_hook_points else self.hook_point
+            return LiveActivations(pipe, prompts, hook_points, self.sampling, device=device, **size)
         raise ValueError("activations: expected either --activations, or --model with --prompts")

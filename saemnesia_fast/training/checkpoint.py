@@ -1,4 +1,4 @@
-"""Safetensors files, each with all that a training run needs to continue to the same curve."""
+"""Safetensors files, or folders of several processes, each with all that a run needs to continue to the same curve."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ import torch
 from torch import Tensor
 
 from saemnesia_fast.files import load_tensors, read_metadata, save_tensors
+from saemnesia_fast.training.layout import ALONE, Layout
+from saemnesia_fast.training.sharded_checkpoint import load_shards, read_state, remove_shards, save_shards
 
 logger = logging.getLogger("saemnesia_fast")
+GROUPS = ("sae", "adam", "counters")
 
 
 class Checkpoint(NamedTuple):
     sae: dict[str, Tensor]
     """The SAE's state_dict."""
-    adam: dict[int, dict[str, Tensor]]
-    """Adam's state of each parameter, by the parameter's number."""
-    tokens_since_fired: Tensor
-    """[N] int64."""
+    adam: dict[str, Tensor]
+    """Adam's moments."""
+    counters: dict[str, Tensor]
+    """[N] int64: tokens since each latent fired, and its firings."""
     rng: Tensor
     """State of torch's global CPU generator, uint8."""
     state: dict[str, Any]
@@ -35,67 +38,98 @@ class Checkpoint(NamedTuple):
     """
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
-    """Write `step-<step>.safetensors` atomically, then delete what need not be kept.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, layout: Layout = ALONE) -> None:
+    """Write `step-<step>.safetensors`, or of several processes the folder `step-<step>`, atomically; then tidy up.
 
-    Kept are the `keep` newest and the one with the lowest `fvu`; files of later steps belong to a run that was given
+    Kept are the `keep` newest and the one with the lowest `fvu`; those of later steps belong to a run that was given
     up for an earlier checkpoint, and go.
     """
-    tensors = {f"sae.{name}": tensor for name, tensor in checkpoint.sae.items()}
-    for number, moments in checkpoint.adam.items():
-        tensors |= {f"adam.{number}.{name}": tensor for name, tensor in moments.items()}
-    tensors |= {"tokens_since_fired": checkpoint.tokens_since_fired, "rng": checkpoint.rng}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {"rng": checkpoint.rng}
+    for group in GROUPS:
+        tensors |= {f"{group}.{name}": tensor.detach() for name, tensor in getattr(checkpoint, group).items()}
     step = checkpoint.state["step"]
-    metadata = {"state": json.dumps(checkpoint.state), "crc32": str(_crc32(tensors))}
-    save_tensors(folder / f"step-{step:08d}.safetensors", tensors, metadata)
+    path = folder / f"step-{step:08d}"
+    if layout.size > 1:
+        of_latents = [name for name, tensor in tensors.items() if _has_latents(name, tensor)]
+        save_shards(path, tensors, of_latents, checkpoint.state, layout)
+    else:
+        path = path.with_suffix(".safetensors")
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_tensors(path, tensors, {"state": json.dumps(checkpoint.state), "crc32": str(_crc32(tensors))})
+    if layout.writes:
+        _tidy_up(folder, path, keep)
 
+
+def _tidy_up(folder: Path, newest: Path, keep: int) -> None:
+    """Delete all checkpoints but those that `save_checkpoint` keeps when it has written the newest."""
     paths = list_checkpoints(folder)
-    written = [path for path in paths if _step_of(path) <= step]
+    written = [*(path for path in paths if _step_of(path) < _step_of(newest)), newest]
     best = min(written, key=_fvu_of)
     kept = {*written[-keep:], *([best] if _fvu_of(best) < math.inf else [])}
     for path in set(paths) - kept:
-        path.unlink()
+        if path.is_dir():
+            remove_shards(path)
+        else:
+            path.unlink()
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
-    return sorted((path for path in folder.glob("step-*.safetensors") if _step_of(path) >= 0), key=_step_of)
+def list_checkpoints(folder: Path, newest: int | None = None) -> list[Path]:
+    """The checkpoints in `folder`, oldest first, to that of step `newest`."""
+    found = (path for path in folder.glob("step-*") if _step_of(path) >= 0)
+    return sorted((path for path in found if newest is None or _step_of(path) <= newest), key=_step_of)
 
 
-def load_newest_checkpoint(folder: Path, device: str = "cpu") -> tuple[Path, Checkpoint]:
-    """The newest checkpoint that is whole, with its path; a warning names each that is not, an error says none is."""
-    for path in reversed(list_checkpoints(folder)):
+def load_newest_checkpoint(
+    folder: Path, device: str = "cpu", newest: int | None = None, layout: Layout = ALONE
+) -> tuple[Path, Checkpoint]:
+    """The newest checkpoint that is whole, with its path, none after step `newest`.
+
+    A warning names each that is not whole, an error says that none is.
+    """
+    for path in reversed(list_checkpoints(folder, newest)):
+        problem: ValueError | str = "another process could not read it"
         try:
-            return path, load_checkpoint(path, device)
+            checkpoint = load_checkpoint(path, device, layout)
         except ValueError as error:
-            logger.warning("%s; trying the checkpoint before it", error)
+            checkpoint, problem = None, error
+        if layout.agree(checkpoint is not None) and checkpoint:
+            return path, checkpoint
+        logger.warning("%s; trying the checkpoint before it", problem)
     raise ValueError(f"out_dir: no checkpoint in {folder} is whole; restore one, or delete the folder to start afresh")
 
 
-def load_checkpoint(path: Path, device: str = "cpu") -> Checkpoint:
-    """Read what `save_checkpoint` wrote; the generator's state stays on the CPU. ValueError unless it is whole."""
-    sae: dict[str, Tensor] = {}
-    adam: dict[int, dict[str, Tensor]] = {}
+def load_checkpoint(path: Path, device: str = "cpu", layout: Layout = ALONE) -> Checkpoint:
+    """Read what `save_checkpoint` wrote, of latents the rows that `layout` gives to this process.
+
+    However many processes wrote it. The generator's state stays on the CPU. ValueError unless it is whole.
+    """
+    groups: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
     try:
-        metadata, tensors = read_metadata(path), load_tensors(path)
-        if int(metadata["crc32"]) != _crc32(tensors):
-            raise ValueError(f"{path}: damaged, its content does not have the checksum it was written with")
-        state = json.loads(metadata["state"])
-        # Copies, as what is read is a map of a file that will be deleted.
-        rng = tensors.pop("rng").clone()
-        tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-        tokens_since_fired = tensors.pop("tokens_since_fired")
+        tensors, state = load_shards(path, layout, device) if path.is_dir() else _load_file(path, layout, device)
+        rng = tensors.pop("rng").cpu()
+        for key, tensor in tensors.items():
+            group, name = key.split(".", 1)
+            groups[group][name] = tensor
     except KeyError as error:
         raise ValueError(f"{path}: not a checkpoint, it has no {error}") from error
-    for key, tensor in tensors.items():
-        group, name = key.split(".", 1)
-        if group == "sae":
-            sae[name] = tensor
-        else:
-            number, name = name.split(".", 1)
-            adam.setdefault(int(number), {})[name] = tensor
-    return Checkpoint(sae, adam, tokens_since_fired, rng, state)
+    return Checkpoint(**groups, rng=rng, state=state)
+
+
+def _load_file(path: Path, layout: Layout, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    metadata, tensors = read_metadata(path), load_tensors(path)
+    if int(metadata["crc32"]) != _crc32(tensors):
+        raise ValueError(f"{path}: damaged, its content does not have the checksum it was written with")
+    parts = {
+        name: tensor[layout.shard(len(tensor))] if _has_latents(name, tensor) else tensor
+        for name, tensor in tensors.items()
+    }
+    # Copies, as what is read is a map of a file that will be deleted.
+    return {name: part.to(device, copy=True) for name, part in parts.items()}, json.loads(metadata["state"])
+
+
+def _has_latents(name: str, tensor: Tensor) -> bool:
+    """Whether the tensor's rows are latents."""
+    return tensor.dim() > 0 and name != "rng" and "b_dec" not in name.split(".")
 
 
 def _crc32(tensors: Mapping[str, Tensor]) -> int:
@@ -107,14 +141,15 @@ def _crc32(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _step_of(path: Path) -> int:
-    match = re.fullmatch(r"step-(\d+)\.safetensors", path.name)
+    match = re.fullmatch(r"step-(\d+)(\.safetensors)?", path.name)
     return int(match[1]) if match else -1
 
 
 def _fvu_of(path: Path) -> float:
     """The mean FVU that the checkpoint was written with; infinity where it has none or cannot be read."""
     try:
-        fvu = json.loads(read_metadata(path)["state"])["fvu"]
-    except (KeyError, ValueError):
+        state = read_state(path) if path.is_dir() else json.loads(read_metadata(path)["state"])
+        fvu = state["fvu"]
+    except (OSError, KeyError, ValueError):
         return math.inf
     return math.inf if fvu is None else fvu

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 # Fields that may differ between the run that wrote a checkpoint and the run that continues it.
 RUNTIME_FIELDS = frozenset({"out_dir", "device", "resume", "checkpoint_every", "keep_checkpoints", "on_bad_batch"})
 RUNTIME_FIELDS |= {"log_every", "log_to", "progress"}
+
+LEAST_EPS_8BIT = 1e-6
 
 
 @dataclass(kw_only=True)
@@ -28,10 +30,18 @@ class TrainConfig:
     """N / d where num_latents is not given."""
     k: int = 32
     """Latents kept per token."""
+    k_start: int | None = None
+    """Latents kept per token at first; falls (or rises) linearly to k over k_steps."""
+    k_steps: int = 1000
+    """Steps until k, where k_start is given."""
     steps: int | None = None
     """Optimizer steps; default: as many as one pass over the data holds."""
     micro_batches: int = 1
-    """Parts into which a batch is split to save memory; gradients are accumulated over them."""
+    """Parts in which a batch is encoded, to save memory."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of W_enc and the tokens while encoding; the weights that are trained stay float32."""
+    moments: Literal["float32", "bfloat16", "8bit"] = "float32"
+    """Precision of Adam's moments of W_enc and W_dec; 8bit needs torchao, an adam_eps >= 1e-6, and stored gradients."""
     lr: float = 4e-4
     """Peak learning rate, falling linearly to 0."""
     warmup_steps: int = 0
@@ -47,7 +57,7 @@ class TrainConfig:
     multi_topk: bool = False
     """Add FVU / 8 of the reconstruction from 4k latents per token."""
     batch_topk: bool = False
-    """Let the batch (or micro-batch) share k latents per token instead of k for each; serving stays per token."""
+    """Let a batch share k latents per token, at most 8k for one, instead of k for each; serving stays per token."""
     seed: int = 0
     """Seed of the SAE's initial weights."""
     device: str | None = None
@@ -74,7 +84,7 @@ class TrainConfig:
             raise ValueError("out_dir: expected a folder when resume or log_to is given, got None")
         at_least = {"num_latents": 1, "expansion_factor": 1, "k": 1, "steps": 1, "micro_batches": 1, "log_every": 1}
         at_least |= {"warmup_steps": 0, "auxk_alpha": 0, "checkpoint_every": 0, "dead_after": 1}
-        at_least |= {"keep_checkpoints": 1}
+        at_least |= {"keep_checkpoints": 1, "k_start": 1, "k_steps": 1}
         for name, lowest in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= lowest:
@@ -82,8 +92,13 @@ class TrainConfig:
         for name in ("lr", "adam_eps", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        if self.on_bad_batch not in ("raise", "skip"):
-            raise ValueError(f"on_bad_batch: expected raise or skip, got {self.on_bad_batch!r}")
+        for name in ("compute_dtype", "moments", "on_bad_batch"):
+            allowed = get_args(get_type_hints(TrainConfig)[name])
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.moments == "8bit" and self.adam_eps < LEAST_EPS_8BIT:
+            least = f"a number >= {LEAST_EPS_8BIT} with 8-bit moments, as these round what is small to 0"
+            raise ValueError(f"adam_eps: expected {least}, got {self.adam_eps}")
         unknown = set(self.log_to) - {"tensorboard", "wandb"}
         if unknown:
             raise ValueError(f"log_to: expected tensorboard or wandb, got {sorted(unknown)}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ class ActivationSource(ABC):
         """What the order of the tokens depends on, as plain JSON."""
         return {"batch_size": self.batch_size, "seed": self.seed, "buffer_tokens": self.buffer_tokens}
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Generator[Any, None, None]:
         start = self._window
         with closing(one_ahead(lambda stopping: self._windows(start, stopping))) as windows:
             for window in windows:
@@ -189,6 +189,34 @@ class ShardActivations(ActivationSource):
             path, first, last = self._pieces[number]
             with open_tensors(path) as file:
                 yield file.get_slice("activations")[first:last].flatten(0, 1), following
+
+
+class SeveralActivations:
+    """Batches of several hook points at a time, {hook point: [batch_size, d]}, each from a source of its own."""
+
+    def __init__(self, sources: Mapping[str, ActivationSource]) -> None:
+        if not sources:
+            raise ValueError("sources: expected at least one")
+        self.sources = dict(sources)
+        smallest = min(self.sources.values(), key=lambda source: (source.num_tokens or 0) // source.batch_size)
+        self.num_tokens, self.batch_size = smallest.num_tokens, smallest.batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        with ExitStack() as stack:
+            iterators = {name: stack.enter_context(closing(iter(source))) for name, source in self.sources.items()}
+            while True:
+                yield {name: next(batches) for name, batches in iterators.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of each source."""
+        return {name: source.state_dict() for name, source in self.sources.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken; ValueError for other sources or data of another order."""
+        if state.keys() != self.sources.keys():
+            raise ValueError(f"sources: expected {sorted(state)} as in the saved state, got {sorted(self.sources)}")
+        for name, source in self.sources.items():
+            source.load_state_dict(state[name])
 
 
 def _use_here(window: Window) -> None:

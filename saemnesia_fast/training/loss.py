@@ -1,4 +1,4 @@
-"""The unsupervised loss of SPEC 4.1: FVU + alpha * AuxK (+ FVU at 4k / 8)."""
+"""The unsupervised loss of SPEC 4.1, FVU + alpha * AuxK (+ FVU at 4k / 8), for autograd; training takes `step`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from saemnesia_fast import ops
 
 if TYPE_CHECKING:
     from saemnesia_fast.sae import TopKSAE
+
+# BatchTopK: a token takes no more than this multiple of k.
+BATCH_TOPK_CAP = 8
 
 
 class LossOutput(NamedTuple):
@@ -31,6 +34,25 @@ def total_variance(x: Tensor) -> Tensor:
     return (x - x.mean(0)).square().sum()
 
 
+def num_candidates(k: int, num_latents: int, multi_topk: bool = False, batch_topk: bool = False) -> int:
+    """Latents of a token that must be found to `keep` k, and 4k for multi-TopK."""
+    return min(BATCH_TOPK_CAP * k if batch_topk else 4 * k if multi_topk else k, num_latents)
+
+
+def least_kept(values: Tensor, k: int) -> Tensor:
+    """The k * M-th largest (0-d) of all tokens' candidates [M, w]: where BatchTopK cuts (SPEC 1.4)."""
+    pool = values.detach().flatten()
+    return pool.topk(min(k * len(values), pool.numel()), sorted=False).values.min()
+
+
+def keep(values: Tensor, k: int, least: Tensor | None = None) -> Tensor:
+    """Of the candidates' values [M, w], descending, those that are kept; they belong to the first columns' latents.
+
+    Each token's first k: [M, k]. With `least`, BatchTopK: those that are not below it, [M, w] with the others 0.
+    """
+    return values[:, :k] if least is None else torch.where(values >= least, values, 0)
+
+
 def sae_loss(
     sae: TopKSAE,
     x: Tensor,
@@ -45,24 +67,28 @@ def sae_loss(
 
     With e = x - x_hat, FVU = sum |e|^2 / variance. `variance` (0-d) is `total_variance(x)` unless given: with that of
     the whole batch the losses of its micro-batches add up to the batch's. `dead` [N] bool marks the latents of AuxK.
+    `batch_topk` lets the tokens share the budget; a token takes at most 8k.
     """
     variance = total_variance(x) if variance is None else variance
-    if batch_topk:
-        x_hat, x_hat_multi, positive = _reconstruct_batch_topk(sae, x, multi_topk)
-        fired, firings = positive.any(0), positive.sum()
-    else:
-        x_hat, x_hat_multi, values, indices = _reconstruct_topk(sae, x, multi_topk)
-        hits = torch.zeros(sae.num_latents, dtype=torch.int64, device=x.device)
-        hits.scatter_add_(0, indices.flatten().long(), (values > 0).flatten().long())
-        fired, firings = hits > 0, hits.sum()
+    width = num_candidates(sae.k, sae.num_latents, multi_topk, batch_topk)
+    candidates = ops.encode_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, width)
 
+    def reconstruct(k: int) -> tuple[Tensor, Tensor, Tensor]:
+        least = least_kept(candidates.values, k) if batch_topk else None
+        values = keep(candidates.values, k, least)
+        indices = candidates.indices[:, : values.shape[1]]
+        return ops.decode(values, indices, sae.W_dec, sae.b_dec), values, indices
+
+    x_hat, values, indices = reconstruct(sae.k)
+    hits = torch.zeros(sae.num_latents, dtype=torch.int64, device=x.device)
+    hits.scatter_add_(0, indices.flatten().long(), (values > 0).flatten().long())
     error = x - x_hat
     fvu = error.square().sum() / variance
     auxk = x.new_zeros(()) if dead is None else auxk_loss(sae, x, error, dead) / variance
     loss = fvu + auxk_alpha * auxk
-    if x_hat_multi is not None:
-        loss = loss + (x - x_hat_multi).square().sum() / variance / 8
-    return LossOutput(loss, fvu.detach(), auxk.detach(), fired, firings)
+    if multi_topk:
+        loss = loss + (x - reconstruct(4 * sae.k)[0]).square().sum() / variance / 8
+    return LossOutput(loss, fvu.detach(), auxk.detach(), hits > 0, hits.sum())
 
 
 def auxk_loss(sae: TopKSAE, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
@@ -81,29 +107,3 @@ def auxk_loss(sae: TopKSAE, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
     values, indices = pre.topk(k_aux, dim=-1)
     e_hat = torch.zeros_like(pre).scatter(-1, indices, values) @ sae.W_dec[rows]
     return min(len(rows) / half, 1.0) * (e_hat - error.detach()).square().sum()
-
-
-def _reconstruct_topk(sae: TopKSAE, x: Tensor, multi_topk: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(x_hat, x_hat from 4k latents or None, values [M, k], indices [M, k])."""
-    width = min(4 * sae.k, sae.num_latents) if multi_topk else sae.k
-    many = ops.encode_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, width)
-    # Values descend, so the k largest are a prefix of the 4k largest.
-    values, indices = many.values[:, : sae.k], many.indices[:, : sae.k]
-    x_hat = ops.decode(values, indices, sae.W_dec, sae.b_dec)
-    x_hat_multi = ops.decode(many.values, many.indices, sae.W_dec, sae.b_dec) if multi_topk else None
-    return x_hat, x_hat_multi, values, indices
-
-
-def _reconstruct_batch_topk(sae: TopKSAE, x: Tensor, multi_topk: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(x_hat, x_hat from 4k latents a token or None, firing [M, N] bool) with the budget shared by the batch."""
-    pre = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
-
-    def keep(k: int) -> Tensor:
-        flat = pre.flatten()
-        values, indices = flat.topk(min(k * len(x), flat.numel()), sorted=False)
-        return torch.zeros_like(flat).scatter(0, indices, values).view_as(pre)
-
-    kept = keep(sae.k)
-    x_hat = kept @ sae.W_dec + sae.b_dec
-    x_hat_multi = keep(4 * sae.k) @ sae.W_dec + sae.b_dec if multi_topk else None
-    return x_hat, x_hat_multi, kept.detach() > 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from saemnesia_fast.files import remove_leftovers, write_json
 from saemnesia_fast.sae import SAEConfig, TopKSAE
+from saemnesia_fast.training.activity import LatentActivity
 from saemnesia_fast.training.checkpoint import (
     Checkpoint,
     list_checkpoints,
@@ -22,18 +24,21 @@ from saemnesia_fast.training.checkpoint import (
     save_checkpoint,
 )
 from saemnesia_fast.training.config import TrainConfig
-from saemnesia_fast.training.loss import LossOutput, sae_loss, total_variance
+from saemnesia_fast.training.eight_bit import EightBitAdam
+from saemnesia_fast.training.layout import ALONE, Layout
+from saemnesia_fast.training.loss import total_variance
 from saemnesia_fast.training.metrics import MetricsLog, open_logs
-from saemnesia_fast.training.optim import geometric_median, learning_rate, normalize_rows, remove_parallel_gradient
+from saemnesia_fast.training.optim import Adam, clip_scale, geometric_median, learning_rate, scheduled_k
+from saemnesia_fast.training.step import Objective, batch_gradient
 
 logger = logging.getLogger("saemnesia_fast")
 CHECKPOINTS = "checkpoints"
 
 
 class TokenBatches(Protocol):
-    """What a trainer reads: batches of tokens [M, d], floating point, on any device."""
+    """What a trainer reads: batches of tokens [M, d], floating point, on any device; or {hook point: such a batch}."""
 
-    def __iter__(self) -> Iterator[Tensor]: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the next batch, as plain JSON."""
@@ -59,16 +64,32 @@ class StepMetrics(NamedTuple):
 class Trainer:
     """Trains an SAE on batches from `data`.
 
-    Each step: loss and backward for every micro-batch, clip the gradient's norm, remove from the decoder's gradient
-    what is parallel to its rows, Adam, unit-norm rows. A new SAE is made from the first batch, whose geometric median
-    becomes b_dec; a given one is trained in place, with its own N and k, unless a checkpoint is resumed. Weights are
-    float32, or float64 where a given SAE is.
+    Each step: the gradient of the batch's loss (`step`), clipped to a norm, less the part of W_dec's that is parallel
+    to its rows, into Adam, and the rows back to unit norm. A new SAE is made from the first batch, whose geometric
+    median becomes b_dec; a given one is trained in place, with its own N and k, unless a checkpoint is resumed. Weights
+    are float32, or float64 where a given SAE is. `newest` is the last step whose checkpoint may be resumed.
+
+    On a GPU no step waits for the device. Whether a batch could be trained on is decided there: one that could not
+    changes nothing, and is reported when the metrics are read.
+
+    In a `layout` of several processes all of them read the same batches from `data`, `sae` is this process's part while
+    it is trained, and the first process alone writes.
     """
 
-    def __init__(self, config: TrainConfig, data: TokenBatches, sae: TopKSAE | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: TokenBatches,
+        sae: TopKSAE | None = None,
+        layout: Layout = ALONE,
+        newest: int | None = None,
+    ) -> None:
         self.config = config
         self.data = data
-        self.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.layout = layout
+        if config.moments == "8bit" and layout.latents_size > 1:
+            raise ValueError("moments: expected float32 or bfloat16 where processes share the latents, got 8bit")
+        self.device = layout.device or config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.step = 0
         self.tokens = 0
         self.skipped = 0
@@ -79,125 +100,148 @@ class Trainer:
         self.steps = steps
         self.folder = None if config.out_dir is None else config.out_dir / config.hook_point
         self.sae: TopKSAE | None = None
-        self._optimizer: torch.optim.Optimizer
-        self._tokens_since_fired: Tensor
+        self.activity: LatentActivity
+        self._adam: Adam | EightBitAdam
+        self._logs: list[MetricsLog] = []
+        self._started = 0.0
+        self._unread: list[tuple[int, int, Tensor]] = []
         self._saved_step = -1
         self._fvu_sum: Tensor
-        self._fvu_steps: int
+        self._fvu_steps: Tensor
         self._start_fvu_window()
-        if self.folder is not None and self._found(self.folder):
-            self._restore(self.folder / CHECKPOINTS)
+        if self.folder is not None and self._found(self.folder, newest):
+            self._restore(self.folder / CHECKPOINTS, newest)
         elif sae is not None:
             self._adopt(sae)
 
     def fit(self) -> TopKSAE:
-        """Train to the last step, save where out_dir is given, and return the SAE."""
-        logs = self._open_logs()
-        started = time.monotonic() - self.seconds
-        batches = iter(self.data)
-        with ExitStack() as stack:
-            for resource in (*logs, batches):
-                stack.callback(getattr(resource, "close", lambda: None))
-            bar = stack.enter_context(
-                tqdm(total=self.steps, initial=self.step, unit="step", disable=not self.config.progress)
-            )
-            while self.step < self.steps:
-                metrics = self._train_or_skip(self._next(batches))
-                self.seconds = time.monotonic() - started
-                bar.update()
-                if self.step % self.config.log_every == 0 or self.step == self.steps:
-                    numbers = self._numbers(metrics)
-                    bar.set_postfix({name: numbers[name] for name in ("fvu", "dead", "skipped") if name in numbers})
-                    for log in logs:
-                        log.write(numbers)
-                every = self.config.checkpoint_every
-                if every and self.step % every == 0 and self.step < self.steps:
-                    self.save_checkpoint()
-        return self._finish()
+        """Train to the last step, save where out_dir is given, and return the SAE, whole in every process."""
+        return _fit([self], self.data)[0]
 
-    def train_step(self, batch: Tensor) -> StepMetrics:
-        """One optimizer step on tokens [M, d]; ValueError, before anything changes, where they cannot be used."""
+    def begin(self, stack: ExitStack) -> None:
+        """Open the logs, until the stack is closed."""
+        self._logs = self._open_logs()
+        for log in self._logs:
+            stack.callback(log.close)
+        self._started = time.monotonic() - self.seconds
+
+    def advance(self, batch: Tensor) -> dict[str, float]:
+        """`train_step`, with the logging and the checkpoint that are due; the numbers that were logged."""
+        metrics = self.train_step(batch)
+        self.seconds = time.monotonic() - self._started
+        numbers: dict[str, float] = {}
+        if self.step % self.config.log_every == 0 or self.step == self.steps:
+            numbers = self._numbers(None if self.step - 1 in self.check() else metrics)
+            for log in self._logs:
+                log.write(numbers)
+        every = self.config.checkpoint_every
+        if every and self.step % every == 0 and self.step < self.steps:
+            self.save_checkpoint()
+        return numbers
+
+    @torch.no_grad()
+    def train_step(self, batch: Tensor) -> StepMetrics | None:
+        """One step on tokens [M, d]; ValueError where they do not match the SAE.
+
+        A batch that cannot be trained on takes the step and changes nothing, see `check`: on the CPU and for a new SAE
+        this is known at once, and None is returned.
+        """
         config = self.config
         x = self._prepare(batch)
-        variance = total_variance(x)
-        if not 0 < variance < torch.inf:
-            raise BadBatch(f"data: batch {self.step} has a total variance of {variance.item():.4g}")
-        sae = self.sae or self._create(x)
-        dead = self._tokens_since_fired >= config.dead_after
-        self._optimizer.zero_grad()
-        parts = []
-        for tokens in x.chunk(config.micro_batches):
-            part = sae_loss(
-                sae,
-                tokens,
-                dead if config.auxk_alpha else None,
-                variance=variance,
-                auxk_alpha=config.auxk_alpha,
-                multi_topk=config.multi_topk,
-                batch_topk=config.batch_topk,
-            )
-            part.loss.backward()
-            parts.append(part)
-        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_norm)
-        if not norm.isfinite():
-            raise BadBatch(f"data: batch {self.step} has a gradient that is not finite")
-        if sae.cfg.normalize_decoder and sae.W_dec.grad is not None:
-            remove_parallel_gradient(sae.W_dec, sae.W_dec.grad)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-        self._optimizer.step()
-        if sae.cfg.normalize_decoder:
-            normalize_rows(sae.W_dec)
-
-        whole = LossOutput(*(torch.stack(columns).detach().sum(0) for columns in zip(*parts, strict=True)))
-        fired = whole.fired > 0
-        self._tokens_since_fired = torch.where(fired, 0, self._tokens_since_fired + len(x))
-        self._fvu_sum = self._fvu_sum + whole.fvu
-        self._fvu_steps += 1
+        step, tokens = self.step, len(x)
         self.step += 1
-        self.tokens += len(x)
-        return StepMetrics(whole.loss, whole.fvu, whole.auxk, dead=dead.sum(), l0=whole.firings / len(x))
+        self.tokens += tokens
+        sae = self.sae or self._create(x, step)
+        if sae is None:
+            return None
+        adam = self._adam
+        num_dead = self.layout.sum_over_latents((self.activity.tokens_since_fired >= config.dead_after).sum())
+        dead, candidates = (self.activity.dead(tokens) if config.auxk_alpha else None) or (None, None)
+        k = scheduled_k(step, sae.k, config.k_start, config.k_steps)
+        objective = Objective(k, config.auxk_alpha, config.multi_topk, config.batch_topk)
+        gradient = batch_gradient(
+            sae,
+            x,
+            objective,
+            dead,
+            candidates,
+            micro_batches=config.micro_batches,
+            encoder=adam.encoder,
+            collect=adam.collect,
+            layout=self.layout,
+        )
+        accepted = gradient.norm.isfinite()
+        adam.step(gradient, step + 1, self._learning_rate(step), clip_scale(gradient.norm, config.clip_norm))
+        self.activity.add(gradient.hits, tokens, accepted)
+        self._fvu_sum += torch.where(accepted, gradient.fvu, 0)
+        self._fvu_steps += accepted
+        self._unread.append((step, tokens, _facts(x, gradient.variance, accepted)))
+        if x.device.type == "cpu" and step in self.check():
+            return None
+        firings = self.layout.sum_over_latents(gradient.hits.sum())
+        return StepMetrics(gradient.loss, gradient.fvu, gradient.auxk, num_dead, firings / tokens)
+
+    def check(self) -> set[int]:
+        """Read which steps since the last call had batches that could not be trained on, counting from 0.
+
+        Unless such batches are to be skipped, BadBatch names the first.
+        """
+        unread, self._unread = self._unread, []
+        facts = torch.stack([facts for *_, facts in unread]).tolist() if unread else []
+        refused = set()
+        for (step, tokens, _), (accepted, *why) in zip(unread, facts, strict=True):
+            if accepted:
+                continue
+            reason = _reason(step, *why)
+            if self.config.on_bad_batch == "raise":
+                raise BadBatch(f"{reason}; on_bad_batch='skip' leaves such batches out")
+            logger.warning("train: skipped: %s", reason)
+            refused.add(step)
+            self.skipped += 1
+            self.tokens -= tokens
+        return refused
 
     def save_checkpoint(self) -> None:
         """Write all that `resume` needs to out_dir; does nothing without one, or before the first SAE."""
         if self.folder is None or self.sae is None:
             return
+        self.check()
         state = {
             "step": self.step,
             "tokens": self.tokens,
             "skipped": self.skipped,
-            "fvu": self._fvu_sum.item() / self._fvu_steps if self._fvu_steps else None,
+            "fvu": (self._fvu_sum / self._fvu_steps).item() if self._fvu_steps else None,
             "seconds": self.seconds,
             "data": self.data.state_dict(),
             "recipe": self._recipe(),
             "sae": self.sae.cfg.to_dict(),
         }
-        adam = self._optimizer.state_dict()["state"]
-        rng = torch.get_rng_state()
-        checkpoint = Checkpoint(self.sae.state_dict(), adam, self._tokens_since_fired, rng, state)
-        save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.keep_checkpoints)
+        counters = {"tokens_since_fired": self.activity.tokens_since_fired, "firings": self.activity.firings}
+        checkpoint = Checkpoint(self.sae.state_dict(), self._adam.state_dict(), counters, torch.get_rng_state(), state)
+        save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.keep_checkpoints, self.layout)
         self._saved_step = self.step
         self._start_fvu_window()
+        self.activity.look_again()
 
     def _start_fvu_window(self) -> None:
         """Forget the FVUs whose mean the next checkpoint is rated by."""
         self._fvu_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._fvu_steps = 0
+        self._fvu_steps = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def _found(self, folder: Path) -> bool:
+    def _found(self, folder: Path, newest: int | None) -> bool:
         """Whether to continue a run in `folder`; FileExistsError where it holds one that must not be overwritten."""
         weights = sorted(path.name for path in folder.glob("*.safetensors"))
         if list_checkpoints(folder / CHECKPOINTS):
             if self.config.resume:
-                return True
+                return bool(list_checkpoints(folder / CHECKPOINTS, newest))
             raise FileExistsError(f"out_dir: {folder} holds {CHECKPOINTS}; resume or choose another folder")
         if weights:
             raise FileExistsError(f"out_dir: {folder} holds {', '.join(weights)}; choose another folder")
         return False
 
-    def _restore(self, folder: Path) -> None:
+    def _restore(self, folder: Path, newest: int | None) -> None:
         """Take up the run that wrote the newest whole checkpoint; a ValueError where its recipe is another."""
-        path, saved = load_newest_checkpoint(folder, self.device)
+        path, saved = load_newest_checkpoint(folder, self.device, newest, self.layout)
         recipe = self._recipe()
         different = sorted(name for name in recipe if saved.state["recipe"].get(name) != recipe[name])
         if different:
@@ -205,10 +249,12 @@ class Trainer:
             expected = f"{saved.state['recipe'].get(name)!r} as in {path}"
             raise ValueError(f"{name}: expected {expected}, got {recipe[name]!r}; resume takes the same recipe")
         sae = TopKSAE(SAEConfig.from_dict(saved.state["sae"]), dtype=saved.sae["W_dec"].dtype)
+        sae = self.layout.own_latents(sae)
         sae.load_state_dict(saved.sae)
         self._adopt(sae)
-        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": saved.adam})
-        self._tokens_since_fired = saved.tokens_since_fired
+        self._adam.load_state_dict(saved.adam)
+        self.activity.tokens_since_fired = saved.counters["tokens_since_fired"]
+        self.activity.firings = saved.counters["firings"]
         for name in ("step", "tokens", "skipped", "seconds"):
             setattr(self, name, saved.state[name])
         self._saved_step = self.step
@@ -216,8 +262,13 @@ class Trainer:
         torch.set_rng_state(saved.rng)
         logger.info("train: continuing at step %d of %d from %s", self.step, self.steps, path)
 
-    def _create(self, x: Tensor) -> TopKSAE:
-        """A new SAE for tokens like the first batch x (SPEC 1.5)."""
+    def _create(self, x: Tensor, step: int) -> TopKSAE | None:
+        """A new SAE for tokens like the first batch x (SPEC 1.5); None where x cannot be trained on."""
+        variance = total_variance(x)
+        accepted = (variance > 0) & variance.isfinite()
+        self._unread.append((step, len(x), _facts(x, variance, accepted)))
+        if step in self.check():
+            return None
         d = x.shape[1]
         num_latents = self.config.num_latents or self.config.expansion_factor * d
         sae = TopKSAE.init(d, num_latents, self.config.k, seed=self.config.seed)
@@ -227,33 +278,19 @@ class Trainer:
 
     def _adopt(self, sae: TopKSAE) -> TopKSAE:
         """Take `sae` as the one to train."""
+        config = self.config
         if sae.cfg.input_unit_norm:
             raise ValueError("sae: expected input_unit_norm=False, as standardised tokens are not trained on, got True")
-        sae.cfg = sae.cfg.replace(batch_topk=self.config.batch_topk, multi_topk=self.config.multi_topk)
+        sae.cfg = sae.cfg.replace(batch_topk=config.batch_topk, multi_topk=config.multi_topk)
         dtype = torch.float64 if sae.W_dec.dtype == torch.float64 else torch.float32
-        sae.to(self.device, dtype).requires_grad_(True)
-        self.sae = sae
-        self._optimizer = torch.optim.Adam(sae.parameters(), lr=self.config.lr, eps=self.config.adam_eps)
-        self._tokens_since_fired = torch.zeros(sae.num_latents, dtype=torch.int64, device=self.device)
+        self.sae = self.layout.own_latents(sae).to(self.device, dtype).requires_grad_(False)
+        encoder = _short(config.compute_dtype)
+        if config.moments == "8bit":
+            self._adam = EightBitAdam(sae, config.adam_eps, encoder)
+        else:
+            self._adam = Adam(sae, config.adam_eps, _short(config.moments), encoder)
+        self.activity = LatentActivity(sae.num_latents, config.dead_after, self.device, self.layout)
         return sae
-
-    def _train_or_skip(self, batch: Tensor) -> StepMetrics | None:
-        """The step's metrics; None where the batch was bad and is to be skipped: a step that changes nothing."""
-        try:
-            return self.train_step(batch)
-        except BadBatch as error:
-            if self.config.on_bad_batch == "raise":
-                raise BadBatch(f"{error}; on_bad_batch='skip' leaves such batches out") from error
-            logger.warning("train: skipped: %s", error)
-        self.step += 1
-        self.skipped += 1
-        return None
-
-    def _next(self, batches: Iterator[Tensor]) -> Tensor:
-        try:
-            return next(batches)
-        except StopIteration:
-            raise ValueError(f"data: expected {self.steps} batches, got {self.step}") from None
 
     def _prepare(self, batch: Tensor) -> Tensor:
         """The batch in the SAE's dtype and on its device, or a ValueError that names it."""
@@ -261,21 +298,16 @@ class Trainer:
         if batch.ndim != 2 or (self.sae is not None and batch.shape[1] != self.sae.d):
             got = f"{list(batch.shape)} in batch {self.step}"
             raise ValueError(f"data: expected {expected} to match the SAE, got {got}")
-        x = batch.to(self.device, torch.float32 if self.sae is None else self.sae.W_dec.dtype)
-        if not x.isfinite().all():
-            rows = (~x.isfinite().all(1)).nonzero().squeeze(1)
-            where = f"{len(rows)} tokens of batch {self.step}, first in row {int(rows[0])}"
-            raise BadBatch(f"data: NaN or inf in {where}")
-        return x
+        return batch.to(self.device, torch.float32 if self.sae is None else self.sae.W_dec.dtype)
 
-    def _learning_rate(self) -> float:
-        return learning_rate(self.step, self.steps, self.config.lr, self.config.warmup_steps)
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.steps, self.config.lr, self.config.warmup_steps)
 
     def _recipe(self) -> dict[str, Any]:
         return self.config.recipe() | {"steps": self.steps}
 
     def _open_logs(self) -> list[MetricsLog]:
-        if self.folder is None:
+        if self.folder is None or not self.layout.writes:
             return []
         self.folder.mkdir(parents=True, exist_ok=True)
         for folder in (self.folder, self.folder / CHECKPOINTS):
@@ -287,31 +319,84 @@ class Trainer:
         numbers: dict[str, float] = {"step": self.step}
         if metrics is not None:
             numbers |= {name: value.item() for name, value in metrics._asdict().items()}
-            numbers["lr"] = self._optimizer.param_groups[0]["lr"]
+            numbers["lr"] = self._learning_rate(self.step - 1)
         return numbers | {"tokens": self.tokens, "skipped": self.skipped, "seconds": round(self.seconds, 3)}
 
-    def _finish(self) -> TopKSAE:
+    def finish(self) -> TopKSAE:
+        """Save the last checkpoint, the SAE and the record of the run, where out_dir is given; the whole SAE."""
         if self.sae is None:
             raise ValueError(f"data: all of the {self.steps} batches were skipped")
-        sae = self.sae.requires_grad_(False)
-        if self.folder is not None:
-            if self._saved_step != self.step:
-                self.save_checkpoint()
+        if self._saved_step != self.step:
+            self.save_checkpoint()
+        latents = self.activity.report(self.tokens)
+        sae = self.layout.whole(self.sae)
+        if self.folder is not None and self.layout.writes:
             sae.save_pretrained(self.folder)
             summary = {"recipe": self._recipe(), "tokens": self.tokens, "skipped": self.skipped}
-            summary["seconds"] = round(self.seconds, 3)
+            summary |= {"seconds": round(self.seconds, 3), "latents": latents}
             write_json(self.folder / "training.json", summary)
+        self.layout.agree(True)
         return sae
 
 
-def train_sae(config: TrainConfig, data: TokenBatches, sae: TopKSAE | None = None) -> TopKSAE:
+def train_sae(config: TrainConfig, data: TokenBatches, sae: TopKSAE | None = None, layout: Layout = ALONE) -> TopKSAE:
     """Train a new SAE, or `sae` in place, on batches [M, d] from `data`, and return it.
+
+    With the `layout` of `parallel.connect` several processes train it together, each calling this alike. Where they
+    share the latents, the SAE is returned in host memory.
 
     FileExistsError where out_dir holds an earlier run and `resume` is not set; ValueError for tokens that do not match
     the SAE, end too early, or are not finite (unless `on_bad_batch` skips these), where a resumed run's recipe is not
     that of its checkpoint, and where no checkpoint is whole.
     """
-    return Trainer(config, data, sae).fit()
+    return Trainer(config, data, sae, layout).fit()
+
+
+def train_saes(configs: Sequence[TrainConfig], data: TokenBatches, layout: Layout = ALONE) -> list[TopKSAE]:
+    """Train a new SAE for each of `configs` on one stream of activations, and return them in that order.
+
+    They may differ in all but their number of steps. Of batches of several hook points each takes that of its own.
+    Errors are those of `train_sae`; ValueError where two would write into one folder. Resumed runs continue from the
+    newest step of which all have a whole checkpoint.
+    """
+    folders = [config.out_dir / config.hook_point for config in configs if config.out_dir is not None]
+    if not configs or len(set(folders)) < len(folders):
+        raise ValueError(
+            f"configs: expected some, with folders of their own, got {[str(folder) for folder in folders]}"
+        )
+    start, newest = data.state_dict(), None
+    while True:
+        data.load_state_dict(start)
+        trainers = [Trainer(config, data, newest=newest, layout=layout) for config in configs]
+        newest = min(trainer.step for trainer in trainers)
+        if all(trainer.step == newest for trainer in trainers):
+            break
+    if len({trainer.steps for trainer in trainers}) > 1:
+        raise ValueError(f"steps: expected one number for all, got {[trainer.steps for trainer in trainers]}")
+    return _fit(trainers, data)
+
+
+def _fit(trainers: Sequence[Trainer], data: TokenBatches) -> list[TopKSAE]:
+    """Train all to the last step on the same batches."""
+    first = trainers[0]
+    batches = iter(data)
+    with ExitStack() as stack:
+        stack.callback(getattr(batches, "close", lambda: None))
+        for trainer in trainers:
+            trainer.begin(stack)
+        progress = first.layout.writes and any(trainer.config.progress for trainer in trainers)
+        bar = stack.enter_context(tqdm(total=first.steps, initial=first.step, unit="step", disable=not progress))
+        while first.step < first.steps:
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(f"data: expected {first.steps} batches, got {first.step}")
+            for trainer in trainers:
+                tokens = batch if isinstance(batch, Tensor) else batch[trainer.config.hook_point]
+                numbers = trainer.advance(tokens)
+                if trainer is first and numbers:
+                    bar.set_postfix({name: numbers[name] for name in ("fvu", "dead", "skipped") if name in numbers})
+            bar.update()
+    return [trainer.finish() for trainer in trainers]
 
 
 def _steps_of_one_pass(data: TokenBatches) -> int:
@@ -319,3 +404,23 @@ def _steps_of_one_pass(data: TokenBatches) -> int:
     if not num_tokens or not batch_size:
         raise ValueError("steps: expected a number for data whose length is not known, got None")
     return max(num_tokens // batch_size, 1)
+
+
+def _short(name: str) -> torch.dtype | None:
+    """The dtype of that name; None for that of the weights."""
+    return None if name == "float32" else getattr(torch, name)
+
+
+def _facts(x: Tensor, variance: Tensor, accepted: Tensor) -> Tensor:
+    """What `_reason` wants to know of a batch x [M, d], with `accepted` (0-d bool) before it: [4] on x's device."""
+    bad = ~x.isfinite().all(1)
+    facts = (accepted, variance, bad.sum(), bad.byte().argmax())
+    return torch.stack([fact.to(torch.float64) for fact in facts])
+
+
+def _reason(step: int, variance: float, num_bad: float, first_bad: float) -> str:
+    if num_bad:
+        return f"data: NaN or inf in {num_bad:.0f} tokens of batch {step}, first in row {first_bad:.0f}"
+    if not 0 < variance < math.inf:
+        return f"data: batch {step} has a total variance of {variance:.4g}"
+    return f"data: batch {step} has a gradient that is not finite"

@@ -1,0 +1,143 @@
+"""The gradient of one batch without autograd (SPEC 4.1, 4.3): what is not sparse is never written down.
+
+Nothing here makes the host wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saemnesia_fast import ops
+from saemnesia_fast.ops import DenseRows, PairTerms
+from saemnesia_fast.sae import TopKSAE
+from saemnesia_fast.training.layout import ALONE, Layout
+from saemnesia_fast.training.loss import keep, least_kept, num_candidates, total_variance
+
+
+class Objective(NamedTuple):
+    """What is minimised: FVU + alpha * AuxK (+ FVU at 4k / 8)."""
+
+    k: int
+    auxk_alpha: float = 1 / 32
+    multi_topk: bool = False
+    batch_topk: bool = False
+
+
+class BatchGradient(NamedTuple):
+    """The gradient of a batch's loss, and what else the batch tells. 0-d tensors but for three."""
+
+    sparse: Any
+    """Of W_enc, b_enc and W_dec: what `collect` returns."""
+    db_dec: Tensor
+    """[d]."""
+    norm: Tensor
+    """Of the whole gradient; not finite where the batch cannot be trained on."""
+    hits: Tensor
+    """[N] int64: on how many tokens each latent has a value > 0."""
+    loss: Tensor
+    fvu: Tensor
+    auxk: Tensor
+    variance: Tensor
+    """The denominator of FVU."""
+
+
+def batch_gradient(
+    sae: TopKSAE,
+    x: Tensor,
+    objective: Objective,
+    dead: Tensor | None = None,
+    candidates: Tensor | None = None,
+    *,
+    micro_batches: int = 1,
+    encoder: Tensor | None = None,
+    collect: Callable[..., Any] = ops.sparse_gradients,
+    layout: Layout = ALONE,
+) -> BatchGradient:
+    """The gradient of `objective` for tokens x [M, d] in the SAE's dtype.
+
+    `dead` [C] bool marks the latents of AuxK among `candidates` [C] int64. `encoder` is W_enc in 16 bits to encode with
+    in its place. Tokens are encoded in `micro_batches` parts. In a `layout` of several processes each of them is given
+    all tokens, of which it encodes and decodes its share, and an SAE with the latents that it holds.
+    """
+    variance = total_variance(x)
+    own = layout.rows_of(x)
+    width = num_candidates(objective.k, sae.num_latents, objective.multi_topk, objective.batch_topk)
+    found = [_encode(sae, part, width, encoder, layout) for part in own.chunk(micro_batches)]
+    values, indices = (torch.cat(column) for column in zip(*found, strict=True))
+    # What is exchanged is what the gradients are made of: far less than the gradients. And as every process makes them
+    # of all tokens, they are those of a process alone.
+    all_values, all_indices = layout.gather_tokens(values), layout.gather_tokens(indices)
+    pool = layout.sum_over_latents(all_values) if objective.batch_topk else None
+
+    def term(k: int, weight: float) -> tuple[PairTerms, Tensor, Tensor]:
+        """The pairs of all tokens, |e|^2 / variance, and e [m, d] of this process's tokens."""
+        least = None if pool is None else least_kept(pool, k)
+        kept = keep(values, k, least)
+        columns = kept.shape[1]
+        x_hat = layout.decode(kept, indices[:, :columns], sae.W_dec, sae.b_dec)
+        error = own - x_hat
+        all_errors = layout.gather_tokens(error)
+        fvu = all_errors.square().sum() / variance
+        grad = all_errors * (-2 * weight / variance)
+        return PairTerms(keep(all_values, k, least), all_indices[:, :columns], grad), fvu, error
+
+    main, fvu, error = term(objective.k, 1.0)
+    terms, loss = [main], fvu
+    if objective.multi_topk:
+        multi, multi_fvu, _ = term(4 * objective.k, 1 / 8)
+        terms.append(multi)
+        loss = loss + multi_fvu / 8
+    auxk, dense = x.new_zeros(()), None
+    if candidates is not None and dead is not None and objective.auxk_alpha and x.shape[1] > 1:
+        auxk, dense = auxk_gradient(sae, own, error, dead, candidates, objective.auxk_alpha, variance, layout)
+        loss = loss + objective.auxk_alpha * auxk
+
+    sparse = collect(terms, x, sae.W_dec, sae.b_dec, dense)
+    db_dec = sum(term.grad_x_hat.sum(0) for term in terms) - layout.sum_over_latents(sparse.db_enc @ sae.W_enc)
+    of_latents = layout.sum_over_latents(sparse.squared_norm + sparse.db_enc.square().sum())
+    norm = (of_latents + db_dec.square().sum()).sqrt()
+    norm = torch.where((variance > 0) & variance.isfinite(), norm, torch.nan)
+    hits = torch.zeros(len(sae.W_dec), dtype=torch.int64, device=x.device)
+    hits.scatter_add_(0, main.indices.flatten().long(), (main.values > 0).flatten().long())
+    return BatchGradient(sparse, db_dec, norm, hits, loss, fvu, auxk, variance)
+
+
+def auxk_gradient(
+    sae: TopKSAE,
+    x: Tensor,
+    error: Tensor,
+    dead: Tensor,
+    candidates: Tensor,
+    alpha: float,
+    variance: Tensor,
+    layout: Layout = ALONE,
+) -> tuple[Tensor, DenseRows]:
+    """AuxK of tokens x [M, d] with errors e [M, d] (0-d), and `alpha` times its gradient (SPEC 4.1).
+
+    The latents that are `dead` [C] bool among `candidates` [C] take part as a dense product; what is not dead among
+    them is as if it had no activation, so that the shapes do not depend on how many are dead.
+    """
+    half = x.shape[1] // 2
+    scale = (layout.sum_over_latents(dead.sum()).to(x.dtype) / half).clamp(max=1) / variance
+    W_enc, b_enc, W_dec = sae.W_enc[candidates], sae.b_enc[candidates], sae.W_dec[candidates]
+    centred = x - sae.b_dec
+    z = torch.where(dead, torch.relu(centred @ W_enc.T + b_enc), 0)
+    z = layout.keep_largest(z, half)
+    difference = layout.sum_over_latents(z @ W_dec) - error
+    loss = scale * layout.sum_over_data(difference.square().sum())
+    grad = difference * (2 * alpha * scale)
+    d_z = torch.where(z > 0, grad @ W_dec.T, 0)
+    rows = (d_z.T @ centred, d_z.sum(0), z.T @ grad)
+    return loss, DenseRows(candidates, *(layout.sum_over_data(row) for row in rows))
+
+
+def _encode(sae: TopKSAE, x: Tensor, k: int, encoder: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The k largest latents of all, as (values in x's dtype, indices); 0 at those that other processes hold."""
+    W_enc = sae.W_enc if encoder is None else encoder
+    own = min(k, len(W_enc))
+    values, indices = ops.encode_topk(x.to(W_enc.dtype), W_enc, sae.b_enc, sae.b_dec, own)
+    return layout.top_latents(values.to(x.dtype), indices, k)
