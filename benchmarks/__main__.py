@@ -1,4 +1,4 @@
-"""Benchmarks of a checkout: `python benchmarks ops | gpu | tune | demo | plot`, see `--help` of each."""
+"""Benchmarks of a checkout: `python benchmarks ops`, `train_step`, `gpu` and others, see `--help`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ("erase", "encode_topk", "unet", "hooks", "decode", "probe", "latent_gradients")
+OPS = ("erase", "encode_topk", "unet", "hooks", "decode", "probe", "latent_gradients", "adam_latents")
+
+STEPS = ("train_step",)
+"""Commands of their own, whose rows have more columns."""
 
 
 def ops(arguments: argparse.Namespace) -> None:
@@ -23,13 +26,9 @@ def ops(arguments: argparse.Namespace) -> None:
     from harness import attempt, clock_for
     from results import append_csv, as_records, table
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(arguments)
     stamp = machine.describe(device)
-    if arguments.ceilings:
-        ceilings = machine.Ceilings(**json.loads(arguments.ceilings.read_text(encoding="utf-8")))
-    else:
-        ceilings = machine.measure_ceilings(device)
-        print(f"{stamp.machine}: {ceilings}", flush=True)
+    ceilings = _ceilings(arguments, device)
     rows = []
     for name in arguments.names or OPS:
         op = import_module(name)
@@ -51,6 +50,47 @@ def ops(arguments: argparse.Namespace) -> None:
                 arguments.json.write_text(json.dumps(as_records(rows)), encoding="utf-8")
 
 
+def train_step(arguments: argparse.Namespace) -> None:
+    import machine
+    import train_step
+    from results import append_csv, as_records
+
+    device = _device(arguments)
+    stamp = machine.describe(device)
+    ceilings = _ceilings(arguments, device)
+    rows = []
+    for case in train_step.cases(device, arguments.small):
+        if arguments.only not in str(case):
+            continue
+        floor = ceilings.floor_us(train_step.work(case))
+        print(f"\n{case}, floor {floor / 1e3:.1f} ms", flush=True)
+        names = [name for name in train_step.competitors(case, device) if name not in arguments.without]
+        new = train_step.measure(case, device, names, arguments.seconds, floor, stamp)
+        rows += new
+        print(train_step.table(new), flush=True)
+        if arguments.csv:
+            append_csv(new, arguments.csv)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(as_records(rows)), encoding="utf-8")
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    import torch
+
+    return arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _ceilings(arguments: argparse.Namespace, device: str) -> Any:
+    """Those of the file, or what this machine can do."""
+    import machine
+
+    if arguments.ceilings:
+        return machine.Ceilings(**json.loads(arguments.ceilings.read_text(encoding="utf-8")))
+    measured = machine.measure_ceilings(device)
+    print(f"{device}: {measured}", flush=True)
+    return measured
+
+
 def ceilings(arguments: argparse.Namespace) -> None:
     import machine
 
@@ -64,9 +104,9 @@ def gpu(arguments: argparse.Namespace) -> None:
     import gpu
 
     if arguments.dry:
-        print(dry.report(OPS))
+        print(dry.report((*OPS, *STEPS)))
     else:
-        raise SystemExit(gpu.main(OPS, arguments.out, arguments.minutes))
+        raise SystemExit(gpu.main(OPS, arguments.out, arguments.minutes, STEPS))
 
 
 def tune(arguments: argparse.Namespace) -> None:
@@ -95,6 +135,12 @@ def demo(arguments: argparse.Namespace) -> None:
     demo.main(arguments.out, arguments.rounds, arguments.pictures)
 
 
+def minicanvas_sae(arguments: argparse.Namespace) -> None:
+    import minicanvas_sae
+
+    minicanvas_sae.main(arguments.out, arguments.steps, arguments.images, arguments.work)
+
+
 def plot(arguments: argparse.Namespace) -> None:
     from plot import draw
 
@@ -107,6 +153,14 @@ def _op(name: str) -> str:
     return name
 
 
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=("cpu", "cuda"), help="a GPU where there is one unless told")
+    command.add_argument("--only", default="", help="cases whose description holds this text")
+    command.add_argument("--csv", type=Path, help="append the rows here")
+    command.add_argument("--json", type=Path, help="write the rows here")
+    command.add_argument("--ceilings", type=Path, help="use these instead of measuring them")
+
+
 def parser() -> argparse.ArgumentParser:
     results = ROOT / "benchmarks" / "results"
     outer = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
@@ -115,12 +169,15 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("ops", help="time ops on one device")
     command.set_defaults(run=ops)
     command.add_argument("names", nargs="*", type=_op, help=f"which of {', '.join(OPS)}; all unless told")
-    command.add_argument("--device", choices=("cpu", "cuda"), help="a GPU where there is one unless told")
     command.add_argument("--seconds", type=float, default=5.0, help="of timed calls a case")
-    command.add_argument("--only", default="", help="cases whose description holds this text")
-    command.add_argument("--csv", type=Path, help="append the rows here")
-    command.add_argument("--json", type=Path, help="write the rows here")
-    command.add_argument("--ceilings", type=Path, help="use these instead of measuring them")
+    _add_common(command)
+
+    command = commands.add_parser("train_step", help="time and weigh a training step against other trainers")
+    command.set_defaults(run=train_step)
+    command.add_argument("--seconds", type=float, default=8.0, help="of timed steps a case and competitor")
+    command.add_argument("--small", action="store_true", help="tiny sizes: does everything, measures nothing of use")
+    command.add_argument("--without", nargs="*", default=(), help="competitors to leave out")
+    _add_common(command)
 
     command = commands.add_parser("ceilings", help="bandwidth and matrix products of a device")
     command.set_defaults(run=ceilings)
@@ -144,6 +201,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--rounds", type=int, default=7)
     command.add_argument("--pictures", type=int, default=48, help="in a round, of each way to paint")
     command.add_argument("--out", type=Path, default=results / "demo_backends.json")
+
+    command = commands.add_parser("minicanvas_sae", help="train MiniCanvas' SAEs by autograd and by the Trainer")
+    command.set_defaults(run=minicanvas_sae)
+    command.add_argument("--steps", type=int, default=1500)
+    command.add_argument("--images", type=int, default=12, help="of each object in each style")
+    command.add_argument("--work", type=Path, help="keep the collected tokens here")
+    command.add_argument("--out", type=Path, default=results / "minicanvas_sae.json")
 
     command = commands.add_parser("plot", help="draw the newest rows of a CSV or JSON")
     command.set_defaults(run=plot)

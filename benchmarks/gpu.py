@@ -36,6 +36,7 @@ LIMITS = {
     "encode_topk": 120,
     "unet": 90,
     "hooks": 30,
+    "train_step": 180,
 }
 LIMIT = 60
 SECONDS = {"unet": 5.0}
@@ -127,8 +128,8 @@ def default_path(device: str, date: str) -> str:
     return f"gpu-{name}-{date[:10]}.json"
 
 
-def main(ops: Sequence[str], out: Path | None, minutes: float) -> int:
-    """0 if every part that could run did so; the JSON is there in any case."""
+def main(ops: Sequence[str], out: Path | None, minutes: float, steps: Sequence[str] = ()) -> int:
+    """0 if every part that could run did so; the JSON is there in any case. `steps` are commands, with rows apart."""
     if not torch.cuda.is_available():
         print("no CUDA device; `--dry` shows what would be measured", file=sys.stderr)
         return 2
@@ -162,6 +163,11 @@ def main(ops: Sequence[str], out: Path | None, minutes: float) -> int:
             arguments = [op, "--device", "cuda", "--seconds", seconds, "--json", rows, *given]
             session.part(op, [*benchmarks, "ops", *arguments])
             session.record["rows"] += _read(rows) or []
+            session.save()
+        for name in steps:
+            rows = folder / f"{name}.json"
+            session.part(name, [*benchmarks, name, "--device", "cuda", "--seconds", "1", "--json", rows, *given])
+            session.record[name] = _read(rows) or []
             session.save()
     print(f"\n{table(from_records(session.record['rows']))}\n\nwritten: {session.path.name}")
     return int(any(part["status"].startswith("failed") for part in session.record["parts"].values()))

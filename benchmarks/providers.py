@@ -59,15 +59,19 @@ def peer(name: str, module: str, dtype: torch.dtype, bind: Callable[[Any], Calla
     """Somebody else's package: `bind(module)` gives the call."""
 
     def start() -> Callable[[], Any]:
-        package = module.split(".")[0]
-        if find_spec(package) is None:
-            raise Absent("not installed")
         try:
-            return bind(_import_alone(module))
+            return bind(load_peer(module))
         except ImportError as error:
             raise Absent(str(error)) from error
 
     return Provider(name, start, tolerance=_tolerance(dtype))
+
+
+def load_peer(module: str) -> Any:
+    """A module of somebody else's package; Absent where it is not installed."""
+    if find_spec(module.split(".")[0]) is None:
+        raise Absent("not installed")
+    return _import_alone(module)
 
 
 def _tolerance(dtype: torch.dtype) -> float | None:

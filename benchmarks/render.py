@@ -18,6 +18,8 @@ EVALUATION = RESULTS / "minicanvas.json"
 DEMO = RESULTS / "demo.json"
 DEMO_BACKENDS = RESULTS / "demo_backends.json"
 OPS = RESULTS / "ops.csv"
+TRAIN_STEP = RESULTS / "train_step.csv"
+MINICANVAS_SAE = RESULTS / "minicanvas_sae.json"
 PLOT = RESULTS / "ops.png"
 BUDGETS = ROOT / "tests" / "budgets.json"
 NOT_YET = "Not measured yet."
@@ -113,6 +115,56 @@ def cpu_ops() -> str:
     return "\n".join(lines)
 
 
+def train_step() -> str:
+    """A training step of everyone: time, memory, and the parts of ours."""
+    if not TRAIN_STEP.exists():
+        return NOT_YET
+    from plot import newest
+    from results import read_csv
+    from train_step import StepRow, parts
+
+    rows = [row for row in newest(read_csv(TRAIN_STEP, StepRow)) if row.p50_us]
+    lines = [
+        "| M | N | case | step | ms (p20-p80) | x dense | x best | peak MB | of dense | beyond state | of dense |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        middle, low, high = map(_milliseconds, (row.p50_us, row.p20_us, row.p80_us))
+        shares = (row.vs_baseline, row.vs_best, row.of_baseline_peak, row.of_baseline_working)
+        ratios = [f"{share:.3g}" if share else "" for share in shares]
+        name = f"{row.provider} {row.version}".strip()
+        size = f"| {row.M} | {row.N} | {row.variant} | {name} | {middle} ({low}-{high})"
+        peak, working = (f"{number / 1e6:.0f}" for number in (row.peak_bytes, row.working_bytes))
+        lines.append(f"{size} | {ratios[0]} | {ratios[1]} | {peak} | {ratios[2]} | {working} | {ratios[3]} |")
+    lines += [
+        "",
+        "| M | N | ours | floor, ms | encode | loss | gradients | update |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.encode_us:
+            times = " | ".join(map(_milliseconds, (row.floor_us or 0.0, *parts(row))))
+            lines.append(f"| {row.M} | {row.N} | {row.provider.removeprefix('ours ')} | {times} |")
+    others = dict.fromkeys(f"{row.provider}: {row.differs}" for row in rows if row.differs)
+    last = rows[-1]
+    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
+    where = f"{last.machine}, {last.threads} threads, torch {last.torch}, {commits}"
+    return "\n".join([*lines, "", f"d = {last.d}, k = {last.k}, {last.dtype}; {where}. {'; '.join(others)}."])
+
+
+def minicanvas_sae() -> str:
+    """MiniCanvas' SAEs, trained as before and as now."""
+    if not MINICANVAS_SAE.exists():
+        return NOT_YET
+    report = _read(MINICANVAS_SAE)
+    lines = ["| SAE at | trained | seconds | FVU, held out |", "|---|---|---|---|"]
+    for point, ways in report["points"].items():
+        for way, found in ways.items():
+            lines.append(f"| {point} | {way} | {found['seconds']:.1f} | {found['fvu']:.4f} |")
+    where = f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['commit']}"
+    return "\n".join([*lines, "", f"{report['steps']} steps of {report['tokens_a_step']} tokens; {where}."])
+
+
 def aot_table() -> str:
     """What every kernel takes on every architecture, as its budget says."""
     rows: dict[str, dict[str, str]] = {}
@@ -127,7 +179,7 @@ def aot_table() -> str:
 
 
 def _milliseconds(microseconds: float) -> str:
-    return f"{microseconds / 1000:.3g}"
+    return f"{microseconds / 1000:.3g}" if microseconds < 1e6 else f"{microseconds / 1000:.0f}"
 
 
 def _case(row: Any) -> tuple[Any, ...]:
@@ -138,6 +190,7 @@ FIGURES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"erasure-table": erasure_table, "demo-time": demo_time, "training-record": training_record},
     "CHANGELOG.md": {"demo-backends": demo_backends},
     "docs/kernels.md": {"aot-table": aot_table, "cpu-ops": cpu_ops},
+    "docs/training.md": {"train-step": train_step, "minicanvas-sae": minicanvas_sae},
 }
 """{file: {marker: what stands there}}."""
 

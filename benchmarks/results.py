@@ -87,20 +87,21 @@ def _parse(kind: str, text: str) -> Any:
 
 
 def append_csv(rows: Iterable[Row], path: Path) -> None:
-    """Add rows at the end of the file, which gets its header with the first ones."""
+    """Add rows, all of one kind, at the end of the file, which gets its header with the first ones."""
+    rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, [field.name for field in fields(rows[0] if rows else Row)])
         if new:
             writer.writeheader()
         for row in rows:
             writer.writerow({name: _rounded(value) for name, value in asdict(row).items()})
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path, kind: type[Row] = Row) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as file:
-        return [Row.from_text(line) for line in csv.DictReader(file)]
+        return [kind.from_text(line) for line in csv.DictReader(file)]
 
 
 def as_records(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -108,8 +109,8 @@ def as_records(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return [{name: _rounded(value) for name, value in asdict(row).items()} for row in rows]
 
 
-def from_records(records: Iterable[dict[str, Any]]) -> list[Row]:
-    return [Row(**record) for record in records]
+def from_records(records: Iterable[dict[str, Any]], kind: type[Row] = Row) -> list[Row]:
+    return [kind(**record) for record in records]
 
 
 def _rounded(value: Any) -> Any:

@@ -30,7 +30,7 @@ from saemnesia_fast import ops
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
-OPS = ("erase", "encode_topk", "unet", "hooks", "decode", "probe", "latent_gradients")
+OPS = ("erase", "encode_topk", "unet", "hooks", "decode", "probe", "latent_gradients", "adam_latents")
 STAMP = results.Stamp("abc", "2026-01-01T00:00:00Z", "a machine", 2, 2, "2.13.0", "3.6.0")
 CASE = harness.Case("double", M=8, d=4, N=16, k=2)
 

@@ -1,0 +1,236 @@
+"""The benchmark of a training step: its gate refuses other steps, its processes answer, its tables are rendered."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import activations
+import dry
+import gpu
+import harness
+import minicanvas_sae
+import render
+import results
+import train_step
+import train_step_dense
+import train_step_peers
+import train_step_worker as worker
+from saemnesia_fast.training import TensorActivations, TrainConfig
+
+STAMP = results.Stamp("abc", "2026-01-01T00:00:00Z", "a machine", 2, 2, "2.13.0", "3.6.0")
+
+
+@pytest.fixture(scope="module", params=["", "N/10 dead"])
+def exact_step(request: pytest.FixtureRequest):
+    """A case of train_step, and what a dense float64 step comes to."""
+    case = harness.Case("train_step", M=64, d=64, N=512, k=8, variant=request.param)
+    return case, worker.expected(case, "cpu", {"topk", *worker.OTHER_LOSSES})
+
+
+@pytest.mark.parametrize("name", list(train_step_peers.peers("cpu")))
+def test_every_training_step_passes_its_gate(exact_step, name: str) -> None:
+    if name == "torch.compile":
+        pytest.skip("compiles for a minute")
+    case, exact = exact_step
+    try:
+        found = worker.Runner(case, "cpu", name).check(exact)
+    except harness.Absent as absent:
+        pytest.skip(str(absent))
+    assert found["error"] < 1e-5
+    differs = train_step_peers.peers("cpu")[name].differs
+    assert found["update_error"] is None if differs else found["update_error"] < 1e-3
+
+
+def _without(part: str):
+    """A dense step that leaves out a part of the recipe."""
+
+    class Faulty(train_step_dense.Plain):
+        def _update(self) -> None:
+            W_dec = self.weights.W_dec
+            if part == "norm":
+                self.optimizer.step()
+            elif part == "parallel":
+                self.optimizer.step()
+                with torch.no_grad():
+                    W_dec /= W_dec.norm(dim=1, keepdim=True)
+            else:
+                self.weights.b_enc.grad.zero_()
+                super()._update()
+
+    return Faulty
+
+
+@pytest.mark.parametrize("part", ["norm", "parallel", "bias"])
+def test_a_training_step_with_another_recipe_does_not_pass(exact_step, part: str) -> None:
+    case, exact = exact_step
+    runner = worker.Runner(case, "cpu", "dense eager")
+    runner.peer = dataclasses.replace(runner.peer, start=_without(part))
+    with pytest.raises(ValueError, match="error of the update"):
+        runner.check(exact)
+
+
+def test_a_training_step_with_another_loss_does_not_pass(exact_step) -> None:
+    case, exact = exact_step
+    runner = worker.Runner(case, "cpu", "SAeUron")
+    runner.peer = dataclasses.replace(runner.peer, formula="topk")
+    with pytest.raises(ValueError, match="loss .* instead of"):
+        runner.check(exact)
+
+
+def test_latents_called_dead_fire_on_no_token(exact_step) -> None:
+    case, exact = exact_step
+    assert (exact.dead is not None) == bool(case.variant)
+    if exact.dead is None:
+        return
+    own, x = worker.fresh_weights(case, "cpu"), worker.tokens(case, "cpu")
+    pre = torch.relu((x - own.b_dec) @ own.W_enc.T + own.b_enc)
+    kept = torch.zeros_like(pre).scatter(1, pre.topk(case.k).indices, 1.0)
+    assert int(exact.dead.sum()) == case.N // 10 and kept[:, exact.dead].sum() == 0
+    assert exact.losses["topk"] > 0 and pre[:, exact.dead].max() > 0
+
+
+@pytest.mark.slow
+def test_training_steps_are_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+    """Two competitors at a small size: time, memory, ratios, and a file that reads back."""
+    case = train_step.cases("cpu", small=True)[0]
+    rows = train_step.measure(case, "cpu", ["dense eager", "ours eager"], 0.05, 10.0, STAMP)
+    dense, ours = rows
+    assert [row.provider for row in rows] == ["dense eager", "ours eager"]
+    assert dense.status == ours.status == "ok" and dense.timing == "wall"
+    for row in (dense, ours):
+        assert row.samples >= harness.FEWEST_ROUNDS and 0 < row.p20_us <= row.p50_us <= row.p80_us
+        assert row.update_error < 1e-3 and row.peak_bytes > 4 * case.N * case.d
+    assert ours.vs_baseline == ours.vs_best == pytest.approx(dense.p50_us / ours.p50_us)
+    assert ours.of_baseline_peak == pytest.approx(ours.peak_bytes / dense.peak_bytes)
+    assert dense.encode_us is None and all(us > 0 for us in train_step.parts(ours))
+    results.append_csv(rows, tmp_path / "train_step.csv")
+    back = results.read_csv(tmp_path / "train_step.csv", train_step.StepRow)
+    assert results.as_records(back) == results.as_records(rows)
+    assert "ours eager" in train_step.table(back)
+
+
+class Questions(list):
+    """A connection that asks what it is made of, and then is closed."""
+
+    def __init__(self, *questions: tuple) -> None:
+        super().__init__(questions)
+        self.answers: list[tuple] = []
+        self.send = self.answers.append
+
+    def recv(self) -> tuple:
+        if not self:
+            raise EOFError
+        return self.pop(0)
+
+
+def test_a_worker_answers_or_says_why_not(exact_step, tmp_path: Path) -> None:
+    case, exact = exact_step
+    exact.save(tmp_path / "expected.pt")
+    prepare = ("prepare", tmp_path / "expected.pt")
+    asked = Questions(prepare, ("samples", 2), ("phases",))
+    worker.serve(asked, case, "cpu", "ours eager")
+    (found, _), (sampled, _), (phases, why) = asked.answers
+    assert found["update_error"] < 1e-3 and found["estimate_us"] > 0 and why == ""
+    assert len(sampled["taken"]) == 2 and list(phases) == ["encode", "loss", "gradients", "update"]
+    nobody = Questions(prepare)
+    worker.serve(nobody, case, "cpu", "nobody")
+    assert nobody.answers == [(None, "failed: KeyError: 'nobody'")]
+
+
+def test_a_competitor_whose_process_dies_says_so() -> None:
+    started = train_step.Worker(train_step.cases("cpu", small=True)[0], "cpu", "dense eager")
+    started._process.kill()
+    assert started.ask("samples", 1) is None and started.status == "failed: ended with exit status -9"
+
+
+def test_a_case_too_large_for_the_memory_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_step, "_free_bytes", lambda device: 1e9)
+    (row,) = train_step.measure(train_step.cases("cpu")[-1], "cpu", ["dense eager"], 1.0, 1.0, STAMP)
+    assert row.status == "failed: the float64 step needs 16 GB, 1 are free" and row.provider == "all"
+
+
+def test_the_least_work_of_a_training_step() -> None:
+    """At SD 1.5's size: 28 bytes a weight of the encoder, 24 of the decoder; the encoder's product is all but 1 %."""
+    plain, dead = train_step.cases("cpu")[:2]
+    one = train_step.work(plain)
+    assert one.bytes == 52 * 20480 * 1280 + 4 * 1024 * 1280
+    assert one.flops / (2 * 1024 * 20480 * 1280) == pytest.approx(1.00625)
+    assert train_step.work(dead).flops / one.flops == pytest.approx(1.2236, rel=1e-3)
+    assert [case.M * case.N for case in train_step.cases("cuda")][-1] == 4096 * 131072
+    assert train_step.competitors(train_step.cases("cpu")[2], "cpu") == ["dense eager", "eai-sparsify", "ours cpu"]
+
+
+def test_saes_trained_by_autograd_and_by_the_trainer_are_alike() -> None:
+    case = harness.Case("sae", M=1024, d=32, N=128, k=4)
+    x = activations.tokens(case, "cpu")
+    config = TrainConfig(num_latents=64, k=4, steps=40, lr=1e-3, dead_after=512, device="cpu", progress=False)
+    found = minicanvas_sae.compare(config, lambda: TensorActivations(x[:768], 128), x[768:])
+    former, present = found.values()
+    assert present["fvu"] == pytest.approx(former["fvu"], rel=2e-3) and present["fvu"] < 0.9
+    assert {"seconds", "dead_fraction", "l0"} <= set(former)
+
+
+def test_the_gpu_command_keeps_the_steps_rows_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def answer(command: list[str], environment: dict[str, str], limit: float) -> dict[str, object]:
+        asked.append(command)
+        if "train_step" in command:
+            Path(command[command.index("--json") + 1]).write_text('[{"provider": "ours cuda"}]')
+        return {"status": "ok", "seconds": 1.0, "output": ""}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "describe", lambda device: STAMP)
+    monkeypatch.setattr(gpu, "_run", answer)
+    assert gpu.main((), tmp_path / "gpu.json", 1, ("train_step",)) == 0
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["rows"] == [] and record["train_step"] == [{"provider": "ours cuda"}]
+    assert asked[-1][2:5] == ["train_step", "--device", "cuda"]
+
+
+def test_dry_run_shows_the_training_steps() -> None:
+    lines = [line.split() for line in dry.report(("train_step",)).splitlines() if line.startswith("train_step")]
+    assert lines[0][-4:] == ["1368.39", "54.0", "456.1", "bytes"]
+    assert len(lines) == len(train_step.cases("cuda"))
+
+
+def _step_row(provider: str, milliseconds: float, peak: int, **more: object) -> results.Row:
+    case = harness.Case("train_step", M=1024)
+    row = train_step.StepRow.of(STAMP, case, provider, 20_000.0)
+    row.status, row.p50_us, row.peak_bytes = "ok", 1e3 * milliseconds, peak
+    row.p20_us, row.p80_us = 0.9 * row.p50_us, 1.1 * row.p50_us
+    return dataclasses.replace(row, **more)
+
+
+def test_the_table_of_training_steps_is_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "TRAIN_STEP", tmp_path / "train_step.csv")
+    assert render.train_step() == render.NOT_YET
+    phases = {"encode_us": 30e3, "loss_us": 1e3, "gradients_us": 9e3, "update_us": 10e3}
+    rows = [
+        _step_row("dense eager", 400.0, 3_000_000_000),
+        _step_row("eai-sparsify", 200.0, 2_000_000_000, version="1.3.3", differs="no clipping"),
+        _step_row("ours cpu", 50.0, 750_000_000, **phases),
+        dataclasses.replace(_step_row("SAeUron", 1.0, 1), status="failed: x", p50_us=None, p20_us=None, p80_us=None),
+    ]
+    results.append_csv(train_step.weigh(harness.compare(rows, "dense eager")), render.TRAIN_STEP)
+    text = render.train_step()
+    assert "| 1024 | 20480 |  | eai-sparsify 1.3.3 | 200 (180-220) | 2 | 1 | 2000 | 0.667 | 1371 | 0.578 |" in text
+    assert "| 1024 | 20480 |  | ours cpu | 50 (45-55) | 8 | 4 | 750 | 0.25 | 121 | 0.0509 |" in text
+    assert "| 1024 | 20480 | cpu | 20 | 30 | 1 | 9 | 10 |" in text
+    assert "SAeUron" not in text and text.endswith("torch 2.13.0, abc. eai-sparsify: no clipping.")
+
+
+def test_the_table_of_minicanvas_saes_is_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "MINICANVAS_SAE", tmp_path / "minicanvas_sae.json")
+    assert render.minicanvas_sae() == render.NOT_YET
+    points = {"up": {"Trainer": {"seconds": 12.34, "fvu": 0.0857, "l0": 16.0}}}
+    report = {**dataclasses.asdict(STAMP), "steps": 1500, "tokens_a_step": 2048, "points": points}
+    render.MINICANVAS_SAE.write_text(json.dumps(report))
+    assert "| up | Trainer | 12.3 | 0.0857 |" in render.minicanvas_sae()
+    assert render.minicanvas_sae().endswith("1500 steps of 2048 tokens; a machine, 2 threads, torch 2.13.0, abc.")
