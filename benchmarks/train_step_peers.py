@@ -114,7 +114,7 @@ class DictionaryLearning:
 class Ours:
     """`saemnesia_fast.training.Trainer`, which reads its metrics every tenth step."""
 
-    def __init__(self, own: Weights, setting: Setting, backend: str, needed: str) -> None:
+    def __init__(self, own: Weights, setting: Setting, backend: str, needed: str, moments: str = "float32") -> None:
         from saemnesia_fast.sae import SAEConfig, TopKSAE
         from saemnesia_fast.training import TrainConfig, Trainer
 
@@ -127,7 +127,13 @@ class Ours:
             self.weights = Weights(sae.W_enc, sae.b_enc, sae.b_dec, sae.W_dec)
             _assign(self.weights, own)
             config = TrainConfig(
-                k=setting.k, steps=STEPS, lr=setting.lr, dead_after=DEAD_AFTER, device=str(device), progress=False
+                k=setting.k,
+                steps=STEPS,
+                lr=setting.lr,
+                dead_after=DEAD_AFTER,
+                moments=moments,
+                device=str(device),
+                progress=False,
             )
             self.trainer = Trainer(config, (), sae)
         self.trainer.activity.tokens_since_fired.copy_(first_counts(own, setting.dead))
@@ -187,6 +193,8 @@ def peers(device: str) -> dict[str, Peer]:
     }
     for name, backend in OURS[device].items():
         entered[name] = Peer(partial(Ours, backend=backend, needed=name.removeprefix("ours ")))
+    short = partial(Ours, backend=OURS[device][f"ours {device}"], needed=device, moments="bfloat16")
+    entered[f"ours {device}, bfloat16 moments"] = Peer(short, differs="moments rounded to bfloat16")
     return entered
 
 

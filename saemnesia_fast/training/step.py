@@ -93,8 +93,9 @@ def batch_gradient(
         loss = loss + multi_fvu / 8
     auxk, dense = x.new_zeros(()), None
     if candidates is not None and dead is not None and objective.auxk_alpha and x.shape[1] > 1:
-        auxk, dense = auxk_gradient(sae, own, error, dead, candidates, objective.auxk_alpha, variance, layout)
-        loss = loss + objective.auxk_alpha * auxk
+        alpha = objective.auxk_alpha
+        auxk, dense = auxk_gradient(sae, own, error, dead, candidates, alpha, variance, micro_batches, layout)
+        loss = loss + alpha * auxk
 
     sparse = collect(terms, x, sae.W_dec, sae.b_dec, dense)
     db_dec = sum(term.grad_x_hat.sum(0) for term in terms) - layout.sum_over_latents(sparse.db_enc @ sae.W_enc)
@@ -114,25 +115,33 @@ def auxk_gradient(
     candidates: Tensor,
     alpha: float,
     variance: Tensor,
+    micro_batches: int = 1,
     layout: Layout = ALONE,
 ) -> tuple[Tensor, DenseRows]:
     """AuxK of tokens x [M, d] with errors e [M, d] (0-d), and `alpha` times its gradient (SPEC 4.1).
 
-    The latents that are `dead` [C] bool among `candidates` [C] take part as a dense product; what is not dead among
-    them is as if it had no activation, so that the shapes do not depend on how many are dead.
+    The latents that are `dead` [C] bool among `candidates` [C] take part as a dense product, the tokens in
+    `micro_batches` parts; what is not dead among them is as if it had no activation, so that the shapes do not depend
+    on how many are dead.
     """
     half = x.shape[1] // 2
     scale = (layout.sum_over_latents(dead.sum()).to(x.dtype) / half).clamp(max=1) / variance
     W_enc, b_enc, W_dec = sae.W_enc[candidates], sae.b_enc[candidates], sae.W_dec[candidates]
-    centred = x - sae.b_dec
-    z = torch.where(dead, torch.relu(centred @ W_enc.T + b_enc), 0)
-    z = layout.keep_largest(z, half)
-    difference = layout.sum_over_latents(z @ W_dec) - error
-    loss = scale * layout.sum_over_data(difference.square().sum())
-    grad = difference * (2 * alpha * scale)
-    d_z = torch.where(z > 0, grad @ W_dec.T, 0)
-    rows = (d_z.T @ centred, d_z.sum(0), z.T @ grad)
-    return loss, DenseRows(candidates, *(layout.sum_over_data(row) for row in rows))
+    dW_enc, db_enc, dW_dec = (torch.zeros_like(weight) for weight in (W_enc, b_enc, W_dec))
+    squares = x.new_zeros(())
+    for tokens, e in zip(x.chunk(micro_batches), error.chunk(micro_batches), strict=True):
+        centred = tokens - sae.b_dec
+        z = torch.where(dead, torch.relu(centred @ W_enc.T + b_enc), 0)
+        z = layout.keep_largest(z, half)
+        difference = layout.sum_over_latents(z @ W_dec) - e
+        squares += difference.square().sum()
+        grad = difference * (2 * alpha * scale)
+        d_z = torch.where(z > 0, grad @ W_dec.T, 0)
+        dW_enc.addmm_(d_z.T, centred)
+        db_enc += d_z.sum(0)
+        dW_dec.addmm_(z.T, grad)
+    rows = (layout.sum_over_data(row) for row in (dW_enc, db_enc, dW_dec))
+    return scale * layout.sum_over_data(squares), DenseRows(candidates, *rows)
 
 
 def _encode(sae: TopKSAE, x: Tensor, k: int, encoder: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
