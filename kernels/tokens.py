@@ -26,7 +26,9 @@ class Tokens(NamedTuple):
 def view(*tensors: torch.Tensor) -> tuple[Tokens, ...] | None:
     """Tensors of one shape [..., d] as [B, T, d] with one T for all; None where the strides of one forbid it."""
     found = _strides(tensors[0].shape, tuple([tensor.stride() for tensor in tensors]))
-    return found and tuple([Tokens(tensor, *strides) for tensor, strides in zip(tensors, found, strict=True)])
+    if found is None:
+        return None
+    return tuple([Tokens(tensor, *strides) for tensor, strides in zip(tensors, found, strict=True)])
 
 
 @lru_cache
