@@ -1,4 +1,4 @@
-"""Training with torchao's 8-bit moments; its compiled step runs eagerly here."""
+"""Training with torchao's 8-bit moments; its compiled step runs eagerly here, but in the slow test."""
 
 import sys
 from typing import Any
@@ -34,6 +34,19 @@ def test_learns_nearly_as_float32_does():
     assert state["W_dec.exp_avg.codes"].any()
     assert fvu[1] < 1.05 * fvu[0] < 0.4
     torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(512))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_the_compiled_step_is_the_eager_one(monkeypatch):
+    pytest.importorskip("torchao")
+    trained = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+        trained.append(Trainer(TrainConfig(**RECIPE, steps=5, moments="8bit"), data()).fit())
+    for one, other in zip(*(sae.parameters() for sae in trained), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
 
 
 @pytest.mark.usefixtures("_torchao")

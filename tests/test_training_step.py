@@ -12,7 +12,7 @@ from saemnesia_fast import ops
 from saemnesia_fast.ops import validation
 from saemnesia_fast.sae import TopKSAE
 from saemnesia_fast.training import TrainConfig, Trainer
-from saemnesia_fast.training.activity import STEPS_AHEAD, LatentActivity
+from saemnesia_fast.training.activity import LatentActivity
 from saemnesia_fast.training.optim import Adam, scheduled_k
 from saemnesia_fast.training.step import Objective, batch_gradient
 from test_training import RECIPE, D, K, N, data, sparse_tokens
@@ -137,8 +137,8 @@ class NoLooking(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_topk": True}, {"multi_topk": True, "micro_batches": 2}])
-def test_a_step_never_waits_for_the_device(options, monkeypatch):
-    """Between two looks at the dead latents, what the training does asks the device nothing, with dead latents too."""
+def test_steps_between_two_readings_do_not_wait_for_the_device(options, monkeypatch):
+    """But once every `log_every` steps, here before the first of them; AuxK is at work."""
     monkeypatch.setattr(validation, "check_range", lambda *_: None)
     monkeypatch.setattr("saemnesia_fast.ops.registration.check_range", lambda *_: None)
     batch = sparse_tokens()[:64]
@@ -151,13 +151,26 @@ def test_a_step_never_waits_for_the_device(options, monkeypatch):
     assert metrics.auxk > 0
 
 
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize(("d", "latents", "k", "tokens"), [(1, 5, 5, 7), (3, 1, 1, 2), (6, 33, 33, 4)])
+def test_odd_sizes_train(d, latents, k, tokens):
+    """One channel, one latent, all latents kept, fewer tokens than parts: the loss falls and stays finite."""
+    x = torch.randn(tokens, d, generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(k=k, steps=40, lr=1e-2, micro_batches=8, dead_after=1, device="cpu", progress=False)
+    trainer = Trainer(config, data(), TopKSAE.init(d, latents, k, seed=1))
+    first, *_, last = (float(trainer.train_step(x).fvu) for _ in range(40))
+    assert last < first
+    with pytest.raises(ValueError, match=rf"data: expected \[M, d={d}\] to match the SAE, got \[0, {d}\] in batch 40"):
+        trainer.train_step(x[:0])
+
+
 def test_dead_latents_are_foreseen():
     """At every step the dead among the candidates are all the dead there are, over many windows."""
     generator = torch.Generator().manual_seed(0)
-    activity = LatentActivity(100, 400, "cpu")
+    activity = LatentActivity(100, 400, "cpu", steps_ahead=16)
     rates = torch.rand(100, generator=generator) ** 6
     seen = 0
-    for _ in range(10 * STEPS_AHEAD):
+    for _ in range(160):
         expected = (activity.tokens_since_fired >= 400).nonzero()[:, 0]
         found = activity.dead(16)
         dead = torch.tensor([], dtype=torch.int64) if found is None else found[1][found[0]]
@@ -165,7 +178,7 @@ def test_dead_latents_are_foreseen():
         seen += len(dead)
         activity.add((torch.rand(100, generator=generator) < rates).long(), 16, torch.tensor(True))
     assert seen > 0
-    report = activity.report(tokens=160 * STEPS_AHEAD)
+    report = activity.report(tokens=160 * 16)
     assert report["dead"] == int((activity.tokens_since_fired >= 400).sum())
     assert report["never_fired"] == int((activity.firings == 0).sum())
     assert report["log10_firings_per_token"]["0.5"] < 0

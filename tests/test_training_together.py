@@ -41,13 +41,13 @@ def test_each_is_the_sae_that_training_alone_gives(tmp_path):
         assert metrics(tmp_path / "alone" / config.hook_point) == metrics(tmp_path / "together" / config.hook_point)
 
 
-@pytest.mark.parametrize("lost", [None, 8, 4])
-def test_they_resume_from_a_step_that_all_have(lost, tmp_path):
+@pytest.mark.parametrize(("stop", "lost"), [(10, None), (10, 8), (6, 4)])
+def test_they_resume_from_a_step_that_all_have(stop, lost, tmp_path):
     """Killed between two checkpoints of one step, or before the first: those that are ahead go back."""
     straight = train_saes(configs(tmp_path / "straight"), data())
     resuming = configs(tmp_path / "resumed", resume=True)
     with pytest.raises(Interrupted):
-        train_saes(resuming, Interrupting(10, sparse_tokens(), 64))
+        train_saes(resuming, Interrupting(stop, sparse_tokens(), 64))
     if lost:
         folder = tmp_path / "resumed/wide/checkpoints"
         for path in folder.glob("step-*.safetensors"):
@@ -97,6 +97,32 @@ def test_live_hook_points_come_of_one_call():
             assert any(torch.equal(second[place], two) for place in places)
 
 
+def test_a_run_of_more_saes_than_before_does_not_start_afresh(tmp_path):
+    """One that is finished, or well under way, is not thrown away for one that is new."""
+    folder = tmp_path / "saes"
+    train_sae(configs(folder)[0], data())
+    before = sorted(path.name for path in (folder / "narrow/checkpoints").iterdir())
+    with pytest.raises(
+        ValueError, match=r"resume: expected a checkpoint of one step for all in .*, got steps \[12, 0, 0\]"
+    ):
+        train_saes(configs(folder, resume=True), data())
+    assert sorted(path.name for path in (folder / "narrow/checkpoints").iterdir()) == before
+
+
+def test_a_skipped_batch_is_skipped_by_all_and_resumed(tmp_path):
+    x = sparse_tokens()
+    x[100] = torch.nan
+    straight = train_saes(configs(tmp_path / "straight", on_bad_batch="skip"), TensorActivations(x, 64))
+    resuming = configs(tmp_path / "resumed", on_bad_batch="skip", resume=True)
+    with pytest.raises(Interrupted):
+        train_saes(resuming, Interrupting(10, x, 64))
+    resumed = train_saes(resuming, TensorActivations(x, 64))
+    assert [sae.content_hash() for sae in resumed] == [sae.content_hash() for sae in straight]
+    for name in SIZES:
+        assert metrics(tmp_path / "resumed" / name)[-1]["skipped"] >= 1
+        assert metrics(tmp_path / "straight" / name) == metrics(tmp_path / "resumed" / name)
+
+
 def test_what_cannot_be_trained_together_is_refused(tmp_path):
     recipe: dict[str, Any] = {"num_latents": 16, "k": 2, "progress": False, "device": "cpu"}
     with pytest.raises(ValueError, match="configs: expected some, with folders of their own"):
@@ -105,6 +131,8 @@ def test_what_cannot_be_trained_together_is_refused(tmp_path):
         train_saes([TrainConfig(**recipe, steps=steps) for steps in (2, 3)], data())
     with pytest.raises(ValueError, match="configs: expected some"):
         train_saes([], data())
+    with pytest.raises(ValueError, match="checkpoint_every, keep_checkpoints: expected one interval for all"):
+        train_saes([TrainConfig(**recipe, steps=2, checkpoint_every=every) for every in (2, 3)], data())
     uneven = LiveActivations(pipeline(), ["a"], HOOK_POINTS, SAMPLING, batch_size=16, buffer_tokens=100)
     with pytest.raises(ValueError, match="hook_point: expected several with maps of one size, got tokens a map"):
         next(iter(uneven))

@@ -47,7 +47,7 @@ class DenseRows {
 };
 
 // The latents whose rows are kept, [size, 2, d]. To make the rows of more than kMade pairs again takes longer than to
-// read them: those of the most pairs are kept, but no more than there are tokens, no larger than the batch.
+// read them: those of the most pairs are kept, but no more than there are tokens.
 class KeptRows {
  public:
   KeptRows(const int64_t* starts, int64_t num_latents, int64_t tokens) : places_(num_latents, -1) {

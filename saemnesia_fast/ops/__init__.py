@@ -292,8 +292,8 @@ def sparse_gradients(
     """`latent_gradients` of W_enc, b_enc and W_dec on their way into `adam_latents`, nowhere [N, d] if that can be.
 
     Over the pairs of all `terms` of the tokens x [..., d], and `dense` added. The `cpu` backend keeps what the rows are
-    made of, and makes them twice in cache: here for their norm, and for Adam. The tensors given must not change until
-    then, except that `adam_latents` updates W_dec. The gradient of b_dec, which has more parts than the pairs, is left
+    made of, and makes them twice in cache: here for their norm, and for Adam. Those given, but for the weights and
+    b_dec, must not change until then. The gradient of b_dec, which has more parts than the pairs, is left
     to the caller: `db_dec = sum g - W_enc.T @ db_enc`.
     """
     _check.check_tokens("x", x)

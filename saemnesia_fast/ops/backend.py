@@ -147,13 +147,18 @@ def _select(op: str, device: torch.device) -> Slot:
     backend, refused = _resolve(op, device)
     for faster, refusal in refused:
         if refusal.missed:
-            message = f"{op}: {backend} instead of {faster} ({refusal.reason}): correct but slower"
-            if os.environ.get("SAEMNESIA_FAST_STRICT") == "1":
-                raise RuntimeError(f"{message}; SAEMNESIA_FAST_STRICT=1 forbids it")
-            if (op, refusal.reason) not in _logged:
-                _logged.add((op, refusal.reason))
-                logger.warning(message)
+            tell_missed(op, backend, faster, refusal.reason)
     return _slots[op, backend]
+
+
+def tell_missed(op: str, backend: str, faster: str, reason: str) -> None:
+    """Log, once per (op, reason), that the `faster` backend is missed; RuntimeError if SAEMNESIA_FAST_STRICT=1."""
+    message = f"{op}: {backend} instead of {faster} ({reason}): correct but slower"
+    if os.environ.get("SAEMNESIA_FAST_STRICT") == "1":
+        raise RuntimeError(f"{message}; SAEMNESIA_FAST_STRICT=1 forbids it")
+    if (op, reason) not in _logged:
+        _logged.add((op, reason))
+        logger.warning(message)
 
 
 def backend_report(device: torch.device | str = "cpu") -> list[Choice]:

@@ -479,6 +479,8 @@ def _or_eager(op: str, implementation: Callable[..., Any]) -> Callable[..., Any]
             return implementation(tokens, *arguments, **options)
         if current_backend() == "triton":
             raise RuntimeError(f"{op}: backend 'triton' was chosen but cannot compute this: {reason}")
+        if tokens.dtype != torch.float64:
+            backend.tell_missed(op, "eager", "triton", reason)
         options.pop("workspace", None)
         return eager(tokens, *arguments, **options)
 

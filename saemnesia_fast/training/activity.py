@@ -9,21 +9,26 @@ from torch import Tensor
 
 from saemnesia_fast.training.layout import ALONE, Layout
 
-# Steps for which one look at the device finds the latents that may be dead.
-STEPS_AHEAD = 16
-
 
 class LatentActivity:
     """Firings of this process's n of N latents, counted on `device`.
 
     The dense work for dead latents needs to know how many there are, and the host must not ask in every step. But it
     can foresee: only a latent silent for all but the next few batches' tokens can be dead in one of them. So every
-    `STEPS_AHEAD` steps it looks for those, `candidates`, and each step asks the device which of them are dead.
+    `steps_ahead` steps it looks for those, `candidates`, and each step asks the device which of them are dead.
     """
 
-    def __init__(self, num_latents: int, dead_after: int, device: torch.device | str, layout: Layout = ALONE) -> None:
+    def __init__(
+        self,
+        num_latents: int,
+        dead_after: int,
+        device: torch.device | str,
+        layout: Layout = ALONE,
+        steps_ahead: int = 1,
+    ) -> None:
         self.num_latents = num_latents
         self.dead_after = dead_after
+        self.steps_ahead = steps_ahead
         self.layout = layout
         rows = layout.shard(num_latents)
         self.tokens_since_fired = torch.zeros(rows.stop - rows.start, dtype=torch.int64, device=device)
@@ -37,7 +42,7 @@ class LatentActivity:
         Where other processes hold latents, None only if there is no C in any of them.
         """
         if self._foreseen < tokens:
-            self._foreseen = STEPS_AHEAD * tokens
+            self._foreseen = self.steps_ahead * tokens
             possible = self.tokens_since_fired > self.dead_after - self._foreseen
             found = possible.nonzero().squeeze(1)
             self._candidates = found if self.layout.sum_over_latents(possible.sum()) else None

@@ -37,7 +37,7 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps; default: as many as one pass over the data holds."""
     micro_batches: int = 1
-    """Parts in which a batch goes through dense products, to save memory."""
+    """Parts in which a batch goes through dense products, to save memory; a resumed run keeps them."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of W_enc and the tokens while encoding; the weights that are trained stay float32."""
     moments: Literal["float32", "bfloat16", "8bit"] = "float32"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -82,6 +85,17 @@ class Layout:
     def agree(self, verdict: bool) -> bool:
         """Whether all processes say yes."""
         return verdict
+
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """Let what fails in one process end the block in all of them, which leave it together."""
+        error = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        if not self.agree(error is None):
+            raise error or RuntimeError("train: another process has failed")
 
 
 ALONE = Layout()

@@ -12,8 +12,9 @@ from saemnesia_fast import ops
 if TYPE_CHECKING:
     from saemnesia_fast.sae import TopKSAE
 
-# BatchTopK: a token takes no more than this multiple of k.
+# BatchTopK: a token takes no more than this multiple of k, nor than so many, unless that is less than twice its share.
 BATCH_TOPK_CAP = 8
+BATCH_TOPK_MOST = 256
 
 
 class LossOutput(NamedTuple):
@@ -35,8 +36,11 @@ def total_variance(x: Tensor) -> Tensor:
 
 
 def num_candidates(k: int, num_latents: int, multi_topk: bool = False, batch_topk: bool = False) -> int:
-    """Latents of a token that must be found to `keep` k, and 4k for multi-TopK."""
-    return min(BATCH_TOPK_CAP * k if batch_topk else 4 * k if multi_topk else k, num_latents)
+    """Latents of a token that must be found to `keep` k, and 4k for multi-TopK; for BatchTopK, the most it can have."""
+    needed = 4 * k if multi_topk else k
+    if batch_topk:
+        needed = min(BATCH_TOPK_CAP * k, max(BATCH_TOPK_MOST, 2 * needed))
+    return min(needed, num_latents)
 
 
 def least_kept(values: Tensor, k: int) -> Tensor:
@@ -67,7 +71,7 @@ def sae_loss(
 
     With e = x - x_hat, FVU = sum |e|^2 / variance. `variance` (0-d) is `total_variance(x)` unless given: with that of
     the whole batch the losses of its micro-batches add up to the batch's. `dead` [N] bool marks the latents of AuxK.
-    `batch_topk` lets the tokens share the budget; a token takes at most 8k.
+    `batch_topk` lets the tokens share the budget; a token takes at most `num_candidates`.
     """
     variance = total_variance(x) if variance is None else variance
     width = num_candidates(sae.k, sae.num_latents, multi_topk, batch_topk)

@@ -28,16 +28,17 @@ def save_shards(
 ) -> None:
     """Write the folder `path`, which exists once it is whole. All processes call this; a full disk is all's OSError.
 
-    `tensors`: those named `of_latents` are the rows that this process holds, the others the same in all of them.
+    `tensors`: those named `of_latents` are the rows that this process holds, of the others one process's are kept.
     `state`: plain JSON; that of the first process is kept.
     """
     import torch.distributed as dist
     from torch.distributed import checkpoint as dcp
 
     temporary = path.parent / f".{path.name}.tmp"
-    if layout.writes:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with layout.as_one():
+        if layout.writes:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
     whole = {name: layout.as_whole(tensor) if name in of_latents else tensor for name, tensor in tensors.items()}
     with naming_full_disk(path):
         try:
@@ -47,19 +48,19 @@ def save_shards(
         checksums: list[dict[str, int]] = [{}] * layout.size
         mine = _share(_files(temporary), layout)
         dist.all_gather_object(checksums, {name: _crc32(temporary / name) for name in mine})
-        if layout.writes:
-            content = {
-                "state": state,
-                "of_latents": sorted(of_latents),
-                "shapes": {name: list(tensor.shape) for name, tensor in whole.items()},
-                "dtypes": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in whole.items()},
-                "crc32": {name: checksum for part in checksums for name, checksum in part.items()},
-            }
-            write_json(temporary / CONTENT, content)
-            remove_shards(path)
-            temporary.replace(path)
-            fsync(path.parent)
-    layout.agree(True)
+        content = {
+            "state": state,
+            "of_latents": sorted(of_latents),
+            "shapes": {name: list(tensor.shape) for name, tensor in whole.items()},
+            "dtypes": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in whole.items()},
+            "crc32": {name: checksum for part in checksums for name, checksum in part.items()},
+        }
+        with layout.as_one():
+            if layout.writes:
+                write_json(temporary / CONTENT, content)
+                remove_shards(path)
+                temporary.replace(path)
+                fsync(path.parent)
 
 
 def load_shards(path: Path, layout: Layout, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:

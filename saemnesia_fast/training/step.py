@@ -17,6 +17,9 @@ from saemnesia_fast.sae import TopKSAE
 from saemnesia_fast.training.layout import ALONE, Layout
 from saemnesia_fast.training.loss import keep, least_kept, num_candidates, total_variance
 
+# Room for the activations of dead latents: more tokens are taken in parts.
+AUXK_BYTES = 1 << 29
+
 
 class Objective(NamedTuple):
     """What is minimised: FVU + alpha * AuxK (+ FVU at 4k / 8)."""
@@ -60,8 +63,8 @@ def batch_gradient(
     """The gradient of `objective` for tokens x [M, d] in the SAE's dtype.
 
     `dead` [C] bool marks the latents of AuxK among `candidates` [C] int64. `encoder` is W_enc in 16 bits to encode with
-    in its place. Tokens are encoded in `micro_batches` parts. In a `layout` of several processes each of them is given
-    all tokens, of which it encodes and decodes its share, and an SAE with the latents that it holds.
+    in its place. Dense products take the tokens in `micro_batches` parts. In a `layout` of several processes each of
+    them is given all tokens, of which it encodes and decodes its share, and an SAE with the latents that it holds.
     """
     variance = total_variance(x)
     own = layout.rows_of(x)
@@ -120,7 +123,7 @@ def auxk_gradient(
 ) -> tuple[Tensor, DenseRows]:
     """AuxK of tokens x [M, d] with errors e [M, d] (0-d), and `alpha` times its gradient (SPEC 4.1).
 
-    The latents that are `dead` [C] bool among `candidates` [C] take part as a dense product, the tokens in
+    The latents that are `dead` [C] bool among `candidates` [C] take part as a dense product, the tokens in at least
     `micro_batches` parts; what is not dead among them is as if it had no activation, so that the shapes do not depend
     on how many are dead.
     """
@@ -129,7 +132,9 @@ def auxk_gradient(
     W_enc, b_enc, W_dec = sae.W_enc[candidates], sae.b_enc[candidates], sae.W_dec[candidates]
     dW_enc, db_enc, dW_dec = (torch.zeros_like(weight) for weight in (W_enc, b_enc, W_dec))
     squares = x.new_zeros(())
-    for tokens, e in zip(x.chunk(micro_batches), error.chunk(micro_batches), strict=True):
+    most = -(-sae.num_latents // layout.latents_size) * len(x) * x.element_size()
+    parts = max(micro_batches, -(-most // AUXK_BYTES))
+    for tokens, e in zip(x.chunk(parts), error.chunk(parts), strict=True):
         centred = tokens - sae.b_dec
         z = torch.where(dead, torch.relu(centred @ W_enc.T + b_enc), 0)
         z = layout.keep_largest(z, half)

@@ -48,7 +48,7 @@ class TokenBatches(Protocol):
 
 
 class BadBatch(ValueError):
-    """Tokens that cannot be trained on; nothing has changed."""
+    """Tokens that cannot be trained on; no weight, moment or counter of latents has changed."""
 
 
 class StepMetrics(NamedTuple):
@@ -69,8 +69,9 @@ class Trainer:
     median becomes b_dec; a given one is trained in place, with its own N and k, unless a checkpoint is resumed. Weights
     are float32, or float64 where a given SAE is. `newest` is the last step whose checkpoint may be resumed.
 
-    On a GPU no step waits for the device. Whether a batch could be trained on is decided there: one that could not
-    changes nothing, and is reported when the metrics are read.
+    On a GPU the host waits for the device every `log_every` steps: to read the metrics, and to find out which latents
+    may be dead in the next ones. Whether a batch could be trained on is decided there: one that could not changes
+    nothing, and is reported when the metrics are read.
 
     In a `layout` of several processes all of them read the same batches from `data`, `sae` is this process's part while
     it is trained, and the first process alone writes.
@@ -193,12 +194,12 @@ class Trainer:
             if accepted:
                 continue
             reason = _reason(step, *why)
+            self.tokens -= tokens
             if self.config.on_bad_batch == "raise":
                 raise BadBatch(f"{reason}; on_bad_batch='skip' leaves such batches out")
             logger.warning("train: skipped: %s", reason)
             refused.add(step)
             self.skipped += 1
-            self.tokens -= tokens
         return refused
 
     def save_checkpoint(self) -> None:
@@ -289,13 +290,15 @@ class Trainer:
             self._adam = EightBitAdam(sae, config.adam_eps, encoder)
         else:
             self._adam = Adam(sae, config.adam_eps, _short(config.moments), encoder)
-        self.activity = LatentActivity(sae.num_latents, config.dead_after, self.device, self.layout)
+        self.activity = LatentActivity(
+            sae.num_latents, config.dead_after, self.device, self.layout, steps_ahead=config.log_every
+        )
         return sae
 
     def _prepare(self, batch: Tensor) -> Tensor:
         """The batch in the SAE's dtype and on its device, or a ValueError that names it."""
         expected = "[M, d]" if self.sae is None else f"[M, d={self.sae.d}]"
-        if batch.ndim != 2 or (self.sae is not None and batch.shape[1] != self.sae.d):
+        if batch.ndim != 2 or not batch.numel() or (self.sae is not None and batch.shape[1] != self.sae.d):
             got = f"{list(batch.shape)} in batch {self.step}"
             raise ValueError(f"data: expected {expected} to match the SAE, got {got}")
         return batch.to(self.device, torch.float32 if self.sae is None else self.sae.W_dec.dtype)
@@ -330,12 +333,12 @@ class Trainer:
             self.save_checkpoint()
         latents = self.activity.report(self.tokens)
         sae = self.layout.whole(self.sae)
-        if self.folder is not None and self.layout.writes:
-            sae.save_pretrained(self.folder)
-            summary = {"recipe": self._recipe(), "tokens": self.tokens, "skipped": self.skipped}
-            summary |= {"seconds": round(self.seconds, 3), "latents": latents}
-            write_json(self.folder / "training.json", summary)
-        self.layout.agree(True)
+        with self.layout.as_one():
+            if self.folder is not None and self.layout.writes:
+                sae.save_pretrained(self.folder)
+                summary = {"recipe": self._recipe(), "tokens": self.tokens, "skipped": self.skipped}
+                summary |= {"seconds": round(self.seconds, 3), "latents": latents}
+                write_json(self.folder / "training.json", summary)
         return sae
 
 
@@ -355,22 +358,35 @@ def train_sae(config: TrainConfig, data: TokenBatches, sae: TopKSAE | None = Non
 def train_saes(configs: Sequence[TrainConfig], data: TokenBatches, layout: Layout = ALONE) -> list[TopKSAE]:
     """Train a new SAE for each of `configs` on one stream of activations, and return them in that order.
 
-    They may differ in all but their number of steps. Of batches of several hook points each takes that of its own.
-    Errors are those of `train_sae`; ValueError where two would write into one folder. Resumed runs continue from the
-    newest step of which all have a whole checkpoint.
+    They may differ in all but their numbers of steps and what concerns checkpoints. Of batches of several hook points
+    each takes that of its own. Resumed runs continue from the newest step of which all have a whole checkpoint.
+
+    Errors are those of `train_sae`; ValueError where two would write into one folder, or runs that are to be resumed
+    have no step in common.
     """
     folders = [config.out_dir / config.hook_point for config in configs if config.out_dir is not None]
     if not configs or len(set(folders)) < len(folders):
         raise ValueError(
             f"configs: expected some, with folders of their own, got {[str(folder) for folder in folders]}"
         )
+    if len(configs) > 1 and (
+        len({config.checkpoint_every for config in configs}) > 1 or min(c.keep_checkpoints for c in configs) < 2
+    ):
+        raise ValueError(
+            "checkpoint_every, keep_checkpoints: expected one interval for all, and two or more to be kept"
+        )
     start, newest = data.state_dict(), None
     while True:
         data.load_state_dict(start)
-        trainers = [Trainer(config, data, newest=newest, layout=layout) for config in configs]
-        newest = min(trainer.step for trainer in trainers)
-        if all(trainer.step == newest for trainer in trainers):
+        trainers: list[Trainer] = []
+        trainers += (Trainer(config, data, newest=newest, layout=layout) for config in configs)
+        steps = [trainer.step for trainer in trainers]
+        if len(set(steps)) == 1:
             break
+        # Killed before all had their first checkpoint, they start afresh; else one is not of this run.
+        if min(steps) == 0 and max(steps) > configs[0].checkpoint_every:
+            raise ValueError(f"resume: expected a checkpoint of one step for all in {folders}, got steps {steps}")
+        newest = min(steps)
     if len({trainer.steps for trainer in trainers}) > 1:
         raise ValueError(f"steps: expected one number for all, got {[trainer.steps for trainer in trainers]}")
     return _fit(trainers, data)
