@@ -5,15 +5,19 @@
 namespace saemnesia_fast {
 namespace {
 
+#if defined(__x86_64__)
+const bool kHasAvx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+
 const InstructionSet kSets[] = {
 #if defined(__x86_64__)
-    {"avx512",
-     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl"),
-     &avx512::kSingle, &avx512::kDouble},
-    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::kSingle, &avx2::kDouble},
+    {"avx512vnni", kHasAvx512 && __builtin_cpu_supports("avx512vnni"), &avx512::kSingle, &avx512::kDouble,
+     &avx512vnni::kScreen},
+    {"avx512", kHasAvx512, &avx512::kSingle, &avx512::kDouble, nullptr},
+    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::kSingle, &avx2::kDouble, nullptr},
 #endif
-    {"baseline", true, &baseline::kSingle, &baseline::kDouble},
+    {"baseline", true, &baseline::kSingle, &baseline::kDouble, nullptr},
 };
 
 const InstructionSet* widest() {
@@ -51,5 +55,7 @@ template <>
 const Kernels<double>& kernels() {
   return *current->twice;
 }
+
+const ScreenKernels* screen_kernels() { return current->screen; }
 
 }  // namespace saemnesia_fast

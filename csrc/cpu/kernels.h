@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gradients.h"
+#include "screen.h"
 
 namespace saemnesia_fast {
 
@@ -52,6 +53,9 @@ struct Kernels {
 
 // What each instruction set's file defines.
 #if defined(__x86_64__)
+namespace avx512vnni {
+extern const ScreenKernels kScreen;
+}  // namespace avx512vnni
 namespace avx512 {
 extern const Kernels<float> kSingle;
 extern const Kernels<double> kDouble;
@@ -71,10 +75,11 @@ struct InstructionSet {
   bool available;
   const Kernels<float>* single;
   const Kernels<double>* twice;
+  const ScreenKernels* screen;  // or nullptr
 };
 
 #if defined(__x86_64__)
-constexpr int kNumInstructionSets = 3;
+constexpr int kNumInstructionSets = 4;
 #else
 constexpr int kNumInstructionSets = 1;
 #endif
@@ -88,5 +93,8 @@ bool use_instruction_set(const char* name);
 
 template <typename T>
 const Kernels<T>& kernels();
+
+// nullptr where the instruction set in use has none.
+const ScreenKernels* screen_kernels();
 
 }  // namespace saemnesia_fast

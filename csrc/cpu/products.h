@@ -11,7 +11,17 @@ namespace saemnesia_fast {
 template <typename T>
 constexpr T kOrdinary = T(0x1p96);
 
-// Tokens of x less b_dec, side by side in panels [d, lanes].
+// The panel [d, lanes] of x less b_dec for tokens that `token(l)` names for l < count.
+template <typename T, typename Which>
+void pack_tokens(const Encoder<T>& encoder, const Rows& x, T* panel, int64_t count, const Which& token) {
+  std::vector<int64_t> offsets(count);
+  for (int64_t l = 0; l < count; ++l) {
+    offsets[l] = x.offsets[token(l)];
+  }
+  kernels<T>().pack(panel, x.data, x.storage, offsets.data(), count, x.stride, encoder.shift.data(), x.d);
+}
+
+// Tokens of x less b_dec, side by side in panels.
 template <typename T>
 class Panels {
  public:
@@ -24,13 +34,9 @@ class Panels {
         data_(size_ * count_),
         exceeds_(count_ * kernels_.lanes) {
     torch::stable::parallel_for(0, count_, grain(size_), [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> offsets(kernels_.lanes);
       for (int64_t p = begin; p < end; ++p) {
         const int64_t first = p * kernels_.lanes, lanes = std::min(kernels_.lanes, tokens - first);
-        for (int64_t l = 0; l < lanes; ++l) {
-          offsets[l] = x.offsets[token(first + l)];
-        }
-        kernels_.pack(panel(p), x.data, x.storage, offsets.data(), lanes, x.stride, encoder.shift.data(), x.d);
+        pack_tokens(encoder, x, panel(p), lanes, [&](int64_t l) { return token(first + l); });
         kernels_.check(panel(p), x.d, kOrdinary<T>, &exceeds_[first]);
       }
     });

@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "products.h"
+#include "screened.h"
 
 namespace saemnesia_fast {
 namespace {
@@ -88,17 +89,33 @@ void complete_some(const Encoder<T>& encoder, const Rows& x, std::vector<Search<
   }
 }
 
+template <typename Item>
+std::vector<Item> slice(const std::vector<Item>& items, size_t begin, size_t count) {
+  return {items.begin() + begin, items.begin() + std::min(begin + count, items.size())};
+}
+
 }  // namespace
 
 template <typename T>
 void complete(const Encoder<T>& encoder, const Rows& x, std::vector<Search<T>>& searches, int64_t k) {
-  constexpr size_t kTokens = 512;
-  for (size_t begin = 0; begin < searches.size(); begin += kTokens) {
-    std::vector<Search<T>*> some;
-    for (size_t i = begin; i < std::min(begin + kTokens, searches.size()); ++i) {
-      some.push_back(&searches[i]);
+  constexpr size_t kTokens = 512, kScreened = 1024;
+  std::vector<Search<T>*> left;
+  for (Search<T>& search : searches) {
+    left.push_back(&search);
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    std::vector<Search<T>*> undecided;
+    for (size_t begin = 0; begin < left.size(); begin += kScreened) {
+      auto some = slice(left, begin, kScreened);
+      if (screen_pays(encoder, int64_t(some.size()), k)) {
+        some = complete_screened(encoder, x, some, k);
+      }
+      undecided.insert(undecided.end(), some.begin(), some.end());
     }
-    complete_some(encoder, x, std::move(some), k);
+    left.swap(undecided);
+  }
+  for (size_t begin = 0; begin < left.size(); begin += kTokens) {
+    complete_some(encoder, x, slice(left, begin, kTokens), k);
   }
 }
 
