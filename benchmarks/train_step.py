@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness import FEWEST_ROUNDS, ROUNDS, Case, Work, compare, is_ours, percentile
+from harness import FEWEST_ROUNDS, ROUNDS, Case, Work, compare, percentile
 from results import Row, Stamp, aligned
-from train_step_peers import BASELINE, package_version, peers
+from train_step_peers import BASELINE, OURS, package_version, peers
 from train_step_worker import DEAD, num_dead, serve, write_expected
 
 SMALL = {"M": 64, "d": 64, "N": 512, "k": 8}
@@ -180,7 +180,7 @@ def _take_turns(workers: Sequence[Worker], path: Path, seconds: float) -> None:
         for worker in [*ready[first:], *ready[:first]]:
             worker.sample(max(1, int(1e6 * seconds / rounds / worker.found["estimate_us"])))
     for worker in ready:
-        if is_ours(worker.name) and not worker.status and worker.case.variant != DEAD:
+        if any(worker.name in names for names in OURS.values()) and not worker.status and worker.case.variant != DEAD:
             worker.found |= {f"{name}_us": us for name, us in (worker.ask("phases") or {}).items()}
 
 
