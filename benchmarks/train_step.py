@@ -13,7 +13,7 @@ from typing import Any
 
 from harness import FEWEST_ROUNDS, ROUNDS, Case, Work, compare, percentile
 from results import Row, Stamp, aligned
-from train_step_peers import BASELINE, OURS, package_version, peers
+from train_step_peers import BASELINE, OURS, STATE_BYTES, package_version, peers
 from train_step_worker import DEAD, num_dead, serve, write_expected
 
 SMALL = {"M": 64, "d": 64, "N": 512, "k": 8}
@@ -160,8 +160,10 @@ def measure(
 def weigh(rows: list[StepRow]) -> list[StepRow]:
     """Fill in what each holds beyond weights and moments, and both sizes as shares of the baseline's."""
     held = [row for row in rows if row.peak_bytes]
+    state_bytes = {name: peer.state_bytes for device in OURS for name, peer in peers(device).items()}
     for row in held:
-        row.working_bytes = row.peak_bytes - 3 * 4 * (2 * row.N * row.d + row.N + row.d)
+        weights = 2 * row.N * row.d + row.N + row.d
+        row.working_bytes = row.peak_bytes - state_bytes.get(row.provider, STATE_BYTES) * weights
     base = next((row for row in held if row.provider == BASELINE), None)
     for row in held if base else ():
         row.of_baseline_peak = row.peak_bytes / base.peak_bytes

@@ -20,6 +20,8 @@ from train_step_dense import ALPHA, DEAD_AFTER, Plain, Setting, first_counts, re
 LOSS_LIMIT = 1e-4
 STEPS = 1_000_000
 STEPS_A_LOG = 10
+STATE_BYTES = 12
+"""Of a float32 weight and its moments."""
 
 
 class Step(Protocol):
@@ -43,6 +45,8 @@ class Peer:
     differs: str = ""
     """Where its recipe is another, how: its new weights are not checked then, its loss is."""
     loss_limit: float = LOSS_LIMIT
+    state_bytes: int = STATE_BYTES
+    """Of a weight and its moments."""
 
 
 class Sparsify:
@@ -194,7 +198,7 @@ def peers(device: str) -> dict[str, Peer]:
     for name, backend in OURS[device].items():
         entered[name] = Peer(partial(Ours, backend=backend, needed=name.removeprefix("ours ")))
     short = partial(Ours, backend=OURS[device][f"ours {device}"], needed=device, moments="bfloat16")
-    entered[f"ours {device}, bfloat16 moments"] = Peer(short, differs="moments rounded to bfloat16")
+    entered[f"ours {device}, bfloat16 moments"] = Peer(short, differs="moments rounded to bfloat16", state_bytes=8)
     return entered
 
 
