@@ -232,7 +232,7 @@ def latent_gradients(
     """
     d = _check.check_tokens("x", x)
     terms = (PairTerms(values, indices, grad_x_hat, extra_d_value), *more)
-    _check.check_pairs(terms, x)
+    _check.check_terms("more", terms, x, first=1)
     _check.check_decoder(W_dec, b_dec, x)
     if W_enc is not None:
         _check.check_tensor("W_enc", W_enc, like=x)
@@ -292,12 +292,14 @@ def sparse_gradients(
     """`latent_gradients` of W_enc, b_enc and W_dec on their way into `adam_latents`, nowhere [N, d] if that can be.
 
     Over the pairs of all `terms` of the tokens x [..., d], and `dense` added. The `cpu` backend keeps what the rows are
-    made of, and makes them twice in cache: here for their norm, and for Adam. Those given, but for the weights and
-    b_dec, must not change until then. The gradient of b_dec, which has more parts than the pairs, is left
-    to the caller: `db_dec = sum g - W_enc.T @ db_enc`.
+    made of, and makes them twice in cache: here for their norm, and for Adam. The tensors given, but for the weights
+    and b_dec, must not change until then. The gradient of b_dec, which has more parts than the pairs, is left to the
+    caller: `db_dec = sum g - W_enc.T @ db_enc`.
     """
     _check.check_tokens("x", x)
-    _check.check_terms(terms, x)
+    if not terms:
+        raise ValueError("terms: expected at least one")
+    _check.check_terms("terms", terms, x)
     _check.check_decoder(W_dec, b_dec, x)
     if dense is not None:
         _check.check_dense_rows(dense, x, W_dec.shape[0])

@@ -70,28 +70,16 @@ def check_latents(values: Tensor, indices: Tensor) -> None:
         )
 
 
-def check_pairs(terms: Sequence[PairTerms], x: Tensor) -> None:
-    """Check the terms against tokens x [..., d]; those after the first are named `more[i].values` and so on."""
-    for number, term in enumerate(terms):
-        _check_term(f"more[{number - 1}]." if number else "", term, x)
+def check_terms(name: str, terms: Sequence[PairTerms], x: Tensor, first: int = 0) -> None:
+    """Check the terms against tokens x [..., d]: `<name>[i].values` and so on, i from 0 after the `first`, unnamed."""
+    for number, term in enumerate(terms, -first):
+        try:
+            _check_term(term, x)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}[{number}].{error}" if number >= 0 else str(error)) from None
 
 
-def _check_term(prefix: str, term: PairTerms, x: Tensor) -> None:
-    try:
-        _check_tensors(term, x)
-    except (TypeError, ValueError) as error:
-        raise type(error)(prefix + str(error)) from None
-
-
-def check_terms(terms: Sequence[PairTerms], x: Tensor) -> None:
-    """Check at least one term against tokens x [..., d], named `terms[i].values` and so on."""
-    if not terms:
-        raise ValueError("terms: expected at least one")
-    for number, term in enumerate(terms):
-        _check_term(f"terms[{number}].", term, x)
-
-
-def _check_tensors(term: PairTerms, x: Tensor) -> None:
+def _check_term(term: PairTerms, x: Tensor) -> None:
     check_latents(term.values, term.indices)
     check_tensor("values", term.values, like=x)
     if term.values.shape[:-1] != x.shape[:-1]:
