@@ -57,7 +57,7 @@ class TrainConfig:
     multi_topk: bool = False
     """Add FVU / 8 of the reconstruction from 4k latents per token."""
     batch_topk: bool = False
-    """Let a batch share k latents per token, at most 8k for one, instead of k for each; serving stays per token."""
+    """Let a batch share k latents per token, up to 8k for one, instead of k for each; serving stays per token."""
     seed: int = 0
     """Seed of the SAE's initial weights."""
     device: str | None = None
