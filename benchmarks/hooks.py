@@ -2,7 +2,8 @@
 
 A UNet that does nothing but call its `time_proj` and one block that has its output ready; behind `erase`, and once
 behind the lookup of the step's line too, stands an implementation that returns at once. What is left is hooks, checks
-and dispatch. On a GPU nothing waits for the device, so this is the time to launch.
+and dispatch. On a GPU nothing waits for the device, so this is the time to launch. Where there is no GPU, that is told
+by Triton's launches with a driver that does nothing: all that the host does, but for the driver's own share.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import Absent, Case, Contest, Provider, Work
+from no_device import no_device
 from saemnesia_fast import ops
 from saemnesia_fast.ops import backend
 from saemnesia_fast.sae import TopKSAE
@@ -41,9 +43,12 @@ def contest(case: Case, device: str) -> Contest:
         unet = _unet(sample)
         return lambda: unet(sample, timestep)[0]
 
-    def erased() -> Callable[[], Tensor]:
+    def erased(on_host: bool | None = None) -> Callable[[], Tensor]:
         unet = _unet(sample)
-        _apply(unet, case, device)
+        erasure = _apply(unet, case, device)
+        unet(sample, timestep)
+        for point in erasure._points.values():
+            point.tables._on_host = point.tables._on_host if on_host is None else on_host
         return lambda: unet(sample, timestep)[0]
 
     providers = [
@@ -51,6 +56,9 @@ def contest(case: Case, device: str) -> Contest:
         Provider("ours, hooks alone", erased, context=partial(_stubbed, ("erase", "steering_lines"), device)),
         Provider("ours, hooks and lookup", erased, context=partial(_stubbed, ("erase",), device)),
     ]
+    if device == "cpu":
+        launched = Provider("ours, Triton without a device", partial(erased, on_host=False), context=no_device)
+        providers.append(launched)
     return Contest(case, work(case), providers, lambda out: (out - sample).abs().flatten(), 0.0, BASELINE)
 
 

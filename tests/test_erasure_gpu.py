@@ -129,6 +129,20 @@ def test_a_captured_step_follows_all_that_changes(mode: str, dtype: torch.dtype)
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_repeated_launches_follow_all_that_changes(dtype: torch.dtype) -> None:
+    """Bit for bit what they are when Triton looks for every kernel."""
+    scene = Scene("cuda", dtype)
+    with scene.erased() as erasure:
+        (workspace,) = [point.workspace for point in erasure._points.values()]
+        for change in scene.course(erasure):
+            workspace.clear()
+            expected = scene.call()
+            assert workspace._repeat is not None
+            assert torch.equal(scene.call(), expected), change
+
+
+@gpu
 def test_streams_and_graphs_share_no_scratch_memory() -> None:
     scene = Scene("cuda", torch.float16)
     with scene.erased():

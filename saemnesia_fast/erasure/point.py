@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from saemnesia_fast import ops
 from saemnesia_fast.ops import backend
 from saemnesia_fast.ops.registration import only_numbers
-from saemnesia_fast.ops.workspace import Workspace
+from saemnesia_fast.ops.workspace import Workspace, state_of
 from saemnesia_fast.sae import unit_norm_statistics
 
 from .clock import Counter
@@ -85,10 +85,11 @@ class ErasurePoint:
         with torch.inference_mode(False):
             self.weights.to(device)
             self.runs.to(device)
-            self.tables.settle(device)
+            self.tables.settle(device, self.workspace)
         self._weights = self.weights.in_order()
         self.workspace.clear()
         self._erase = backend.select("erase", device, self.workspace)
+        self._repeats = backend.takes_workspace("erase", device)
         needed = ["erase", "steering_lines"]
         if self.recorder is not None:
             self._probe = backend.select("probe", device)
@@ -134,12 +135,12 @@ class ErasurePoint:
                 f"got {list(output.shape)}"
             )
         num_halves = None if self.cfg is None else 1 + int(self.cfg)
-        lines = self.tables.lookup(timesteps, images, num_halves, self.conditional_only, self.window)
         self.runs.add(output, tracing)
-        tokens = output.permute(0, 2, 3, 1)
         if fresh and not tracing and self._may_write_over(output, block_input):
-            self._erase(tokens, *self._arguments(self._weights, lines), in_place=True)
+            self._write_over(output, timesteps, num_halves)
             return output
+        lines = self._lookup(timesteps, images, num_halves)
+        tokens = output.permute(0, 2, 3, 1)
         if self.residual:
             # In float32, the difference of erased and given tokens does not lose what a half-precision output holds.
             dtype = torch.promote_types(output.dtype, torch.float32)
@@ -158,6 +159,21 @@ class ErasurePoint:
         """Whether the erased tokens may take the place of the block's own: nobody else needs these."""
         plain = self.mode == "exact" and not self.residual and not self.unit_norm and self.recorder is None
         return plain and only_numbers(output) and output.data_ptr() != block_input.data_ptr()
+
+    def _write_over(self, output: Tensor, timesteps: Tensor, num_halves: int | None) -> None:
+        """Erase the tokens of `output` [B, C, H, W] where they are."""
+        how = None
+        if self._repeats:
+            kinds = [(one.shape, one.stride(), one.dtype) for one in (output, timesteps)]
+            how = (*kinds, num_halves, state_of(self._weights))
+            if self.workspace.repeat(how, output, timesteps):
+                return
+        with self.workspace.record(how, output, timesteps):
+            lines = self._lookup(timesteps, len(output), num_halves)
+            self._erase(output.permute(0, 2, 3, 1), *self._arguments(self._weights, lines), in_place=True)
+
+    def _lookup(self, timesteps: Tensor, images: int, num_halves: int | None) -> ops.SteeringLines:
+        return self.tables.lookup(timesteps, images, num_halves, self.conditional_only, self.window)
 
     def _arguments(self, weights: tuple[Tensor, ...], lines: ops.SteeringLines) -> tuple[Any, ...]:
         entries = (lines.latents, lines.thresholds, lines.factors)

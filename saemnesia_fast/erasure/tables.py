@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saemnesia_fast import ops
 from saemnesia_fast.ops import backend
 from saemnesia_fast.ops.registration import only_numbers
+from saemnesia_fast.ops.workspace import Workspace
 
 if TYPE_CHECKING:
     from saemnesia_fast.concepts import Selection
@@ -52,11 +53,11 @@ class SteeringTables(nn.Module):
         self.concepts: tuple[str, ...] = ()
         self.write(selections)
 
-    def settle(self, device: torch.device) -> None:
-        """Be on `device`, and decide who looks up lines there."""
+    def settle(self, device: torch.device, workspace: Workspace) -> None:
+        """Be on `device`, and decide who looks up lines there, in the caller's workspace."""
         self.to(device)
         self._held = self._in_order()
-        self._look_up = backend.select("steering_lines", device)
+        self._look_up = backend.select("steering_lines", device, workspace)
         self._lines: dict[tuple[float, bool], ops.SteeringLines] = {}
         # A look at the data is free there; elsewhere the host would wait.
         self._on_host = device.type == "cpu"

@@ -133,14 +133,23 @@ def select(op: str, device: torch.device, workspace: Workspace | None = None) ->
     Under "auto", a faster backend that is missing without need is logged once per (op, reason) at WARNING, or raises
     RuntimeError if SAEMNESIA_FAST_STRICT=1.
     """
+    slot = _slot(op, device)
+    if workspace is not None and slot.takes_workspace:
+        return partial(slot.implementation, workspace=workspace)
+    return slot.implementation
+
+
+def takes_workspace(op: str, device: torch.device) -> bool:
+    """Whether the implementation that `select` returns keeps anything in a workspace."""
+    return _slot(op, device).takes_workspace
+
+
+def _slot(op: str, device: torch.device) -> Slot:
     environment = os.environ.get
     key = (op, device, _chosen, environment("SAEMNESIA_FAST_BACKEND"), environment("SAEMNESIA_FAST_STRICT"))
     if key not in _selected:
         _selected[key] = _select(op, device)
-    slot = _selected[key]
-    if workspace is not None and slot.takes_workspace:
-        return partial(slot.implementation, workspace=workspace)
-    return slot.implementation
+    return _selected[key]
 
 
 def _select(op: str, device: torch.device) -> Slot:

@@ -3,7 +3,7 @@
 No launch waits for the device, looks at data, or allocates by what it finds: all of it can be captured in a CUDA graph.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,8 +26,6 @@ DOUBTFUL = 32
 Z_BYTES = 1 << 29
 """Room for the pre-activations of `encode_topk`: longer batches are encoded in parts."""
 
-COUNTERS = 64
-"""Zeros that one launch fills, for as many calls that share a `Workspace`."""
 
 
 @cache
@@ -252,15 +250,6 @@ class Scratch(NamedTuple):
     """[M, d] of the product's operand: the flagged tokens' values."""
     screen: Tensor | None
     doubts: Tensor | None
-    counters: Iterator[Tensor]
-    """[1] int32 zeros, one for each call."""
-
-
-def _counters(like: Tensor) -> Iterator[Tensor]:
-    """Zeros to count in; those of a second call and later ones are filled together, each aligned for Triton."""
-    yield like.new_zeros(1, dtype=torch.int32)
-    while True:
-        yield from like.new_zeros(COUNTERS, 4, dtype=torch.int32)[:, :1].unbind()
 
 
 def _new_scratch(x: Tensor, rows: int, num_entries: int, d: int, operand: torch.dtype, exact: bool) -> Scratch:
@@ -270,7 +259,7 @@ def _new_scratch(x: Tensor, rows: int, num_entries: int, d: int, operand: torch.
     rank = z.new_empty(rows, num_entries, dtype=torch.int32)
     screen = z.new_empty(rows, 2) if exact else None
     doubts = rank.new_empty(rows, num_entries, 1 + DOUBTS.value) if exact else None
-    return Scratch(z, rank, rank.new_empty(rows), z.new_empty(rows, d, dtype=operand), screen, doubts, _counters(z))
+    return Scratch(z, rank, rank.new_empty(rows), z.new_empty(rows, d, dtype=operand), screen, doubts)
 
 
 def _needed(x: Tensor, weights: Product, latents: Tensor) -> tuple[int, int, int, torch.dtype, bool]:
@@ -290,6 +279,7 @@ def _probe(
     thresholds: Tensor,
     factors: Tensor | None,
     scratch: Scratch,
+    workspace: Workspace,
 ) -> Probed:
     """The activations and ranks of all entries; tokens with NaN or infinity become NaN in `target`, which has the T of
     `source`. At least one token."""
@@ -304,10 +294,12 @@ def _probe(
     per_line = len(scratch.rows) // num_lines
     tiles_per_line = -(-per_line // probing.tokens)
     written = target or source
-    z, rank, flagged_rows, flagged_x, screen, doubts, counters = scratch
-    flagged = Probed(z, rank, flagged_rows, next(counters))
+    z, rank, flagged_rows, flagged_x, screen, doubts = scratch
+    flagged = Probed(z, rank, flagged_rows, workspace.zero(z))
     W, shift = (W_enc.contiguous(), b_dec.contiguous()) if exact else (weights.W_enc, None)
-    probe_kernel[(num_lines * tiles_per_line,)](
+    workspace.launch(
+        probe_kernel,
+        (num_lines * tiles_per_line,),
         *source,
         *written[:1],
         *written[2:],
@@ -332,7 +324,9 @@ def _probe(
         BLOCK_S=probing.latents,
         **weights.launch(probing),
     )
-    rank_kernel[(num_programs(z.device),)](
+    workspace.launch(
+        rank_kernel,
+        (num_programs(z.device),),
         flagged_x,
         *flagged,
         weights.W_enc,
@@ -350,7 +344,9 @@ def _probe(
         **weights.launch(ranking),
     )
     if exact:
-        settle_kernel[(num_programs(z.device),)](
+        workspace.launch(
+            settle_kernel,
+            (num_programs(z.device),),
             *source,
             *flagged,
             W,
@@ -389,7 +385,7 @@ def probe(
         weights = product(x, W_enc, b_enc, b_dec, precision)
         lines = (latents.contiguous(), thresholds.contiguous(), None)
         scratch = _new_scratch(x, *_needed(x, weights, latents))
-        seen = _probe(locate(x), None, weights, W_enc, b_dec, k, *lines, scratch)
+        seen = _probe(locate(x), None, weights, W_enc, b_dec, k, *lines, scratch, Workspace())
         return seen.z.to(x.dtype).view(shape), (seen.rank < k).view(shape)
 
 
@@ -417,6 +413,7 @@ def erase(
     from saemnesia_fast.kernels.erase import erase_kernel
     from saemnesia_fast.kernels.tokens import view
 
+    workspace = workspace or Workspace()
     lines = (latents.contiguous(), thresholds.contiguous(), factors.contiguous())
     out = x if in_place else torch.empty_like(x)
     if x.numel() == 0:
@@ -424,7 +421,7 @@ def erase(
     located = view(x, out)
     if located is None:
         arguments = (W_enc, b_enc, b_dec, W_dec, k, *lines, mode, norm_scaled, precision)
-        return out.copy_(erase(x.contiguous(), *arguments, workspace=workspace))
+        return out.copy_(erase(x.contiguous(), *arguments))
     if mode != "exact" or norm_scaled:
         values, indices = encode_topk(x, W_enc, b_enc, b_dec, k, precision, torch.float32)
         _sum_directions(values, indices, W_dec, b_dec, x, out, lines, mode, norm_scaled)
@@ -433,12 +430,13 @@ def erase(
         out.copy_(x)
     with torch.cuda.device_of(x):
         weights = product(x, W_enc, b_enc, b_dec, precision)
-        needed = _needed(x, weights, latents)
-        key, scratch = (workspace or Workspace()).take(_new_scratch, x, *needed)
+        key, scratch = workspace.take("erase", _new_scratch, x, *_needed(x, weights, latents))
         source, target = located
-        seen = _probe(source, target, weights, W_enc, b_dec, k, *lines, scratch)
+        seen = _probe(source, target, weights, W_enc, b_dec, k, *lines, scratch, workspace)
         d, num_entries = x.shape[-1], latents.shape[1]
-        erase_kernel[num_programs(x.device), -(-d // 256)](
+        workspace.launch(
+            erase_kernel,
+            (num_programs(x.device), -(-d // 256)),
             *source,
             *target[:1],
             *target[2:],
@@ -454,8 +452,9 @@ def erase(
             BLOCK_D=256,
             num_warps=2,
         )
-        if workspace is not None:
-            workspace.put_back(key, scratch)
+        workspace.put_back("erase", key, scratch)
+        if in_place:
+            workspace.allow_repeat()
     return out
 
 
@@ -500,6 +499,7 @@ def steering_lines(
     first_block: int,
     earliest: float,
     latest: float,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.steering_lines`: one launch."""
     from saemnesia_fast.kernels.steering_lines import steering_lines_kernel
@@ -509,7 +509,9 @@ def steering_lines(
     lines = [table.new_empty(num_lines, num_entries) for table in tables]
     active = switches.new_empty(num_lines)
     with torch.cuda.device_of(stored):
-        steering_lines_kernel[(num_lines,)](
+        (workspace or Workspace()).launch(
+            steering_lines_kernel,
+            (num_lines,),
             timesteps,
             timesteps.stride(0) if len(timesteps) > 1 else 0,
             stored,
@@ -536,4 +538,4 @@ def register() -> None:
     """Fill the slots; nothing is imported yet. The eager ones must be filled before."""
     for op, implementation in (("encode_topk", encode_topk), ("decode", decode), ("erase", erase), ("probe", probe)):
         backend.register(op, "triton", _or_eager(op, implementation), refuse, takes_workspace=op == "erase")
-    backend.register("steering_lines", "triton", steering_lines, refuse)
+    backend.register("steering_lines", "triton", steering_lines, refuse, takes_workspace=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .triton_tiles import Tile, Tiles, tiles_for
+from .workspace import state_of
 
 
 class Kept(NamedTuple):
@@ -23,11 +24,8 @@ _rounded: dict[int, Kept] = {}
 
 
 def _kept(store: dict[int, Kept], make: Callable[..., Any], W_enc: Tensor, *others: Tensor) -> Any:
-    """`make(W_enc, *others)`, kept until one of them changes.
-
-    Inference tensors have no version: a change of theirs in place is not noticed.
-    """
-    state = [(w.data_ptr(), None if w.is_inference() else w._version) for w in (W_enc, *others)]
+    """`make(W_enc, *others)`, kept until one of them changes."""
+    state = state_of((W_enc, *others))
     known = store.get(id(W_enc))
     if known is not None and known.state == state and all(a is b for a, b in zip(known.others, others, strict=True)):
         return known.made
