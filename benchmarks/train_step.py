@@ -13,8 +13,9 @@ from typing import Any
 
 from harness import FEWEST_ROUNDS, ROUNDS, Case, Work, compare, percentile
 from results import Row, Stamp, aligned
+from train_step_exact import DEAD, num_dead, write_expected
 from train_step_peers import BASELINE, OURS, STATE_BYTES, package_version, peers
-from train_step_worker import DEAD, num_dead, serve, write_expected
+from train_step_worker import serve
 
 SMALL = {"M": 64, "d": 64, "N": 512, "k": 8}
 PATIENCE = 400
@@ -24,10 +25,10 @@ SLOW = 10
 LARGE = 2**26
 """Pre-activations M * N from which on a CPU only the baseline, the best competitor and ours take part; so with AuxK."""
 FEW = (BASELINE, "eai-sparsify")
-MEMORY_A_WEIGHT = 24
-"""Bytes: weights, gradients, Adam's moments and temporaries in float32."""
-REFERENCE_A_WEIGHT = 48
-"""Bytes: the same in float64, weights, gradients, moments and temporaries."""
+REFERENCE_A_WEIGHT = 8
+"""Bytes: float32 weights while they are drawn."""
+REFERENCE_BESIDE = 2e9
+"""Bytes: blocks in float64."""
 
 
 @dataclass
@@ -76,14 +77,16 @@ def competitors(case: Case, device: str) -> list[str]:
 
 
 class Worker:
-    """A competitor's process, and what is known of it so far."""
+    """A competitor's process, and what is known of it so far. With a `status` from the start there is no process."""
 
-    def __init__(self, case: Case, device: str, name: str) -> None:
+    def __init__(self, case: Case, device: str, name: str, status: str = "") -> None:
         self.case = case
         self.name = name
-        self.status = ""
+        self.status = status
         self.found: dict[str, Any] = {}
         self.taken: list[float] = []
+        if status:
+            return
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, case, device, name), daemon=True)
@@ -107,7 +110,8 @@ class Worker:
         return answer
 
     def prepare(self, path: Path) -> None:
-        self.found = self.ask("prepare", path) or {}
+        if not self.status:
+            self.found = self.ask("prepare", path) or {}
 
     def sample(self, count: int) -> None:
         if not self.status and (answer := self.ask("samples", count)):
@@ -134,23 +138,23 @@ def measure(
         path = Path(folder) / "expected.pt"
         entered = peers(device)
         formulas = {entered[name].formula for name in names}
-        needed, free = REFERENCE_A_WEIGHT * 2 * case.N * case.d, _free_bytes(device)
-        try:
-            if needed > free:
-                raise RuntimeError(f"the float64 step needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} are free")
-            _alone(write_expected, case, device, formulas, path)
-        except RuntimeError as error:
+        free = _free_bytes(device)
+        status = _lacks("the float64 step", REFERENCE_A_WEIGHT * 2 * case.N * case.d + REFERENCE_BESIDE, free)
+        status = status or _alone(write_expected, case, device, formulas, path)
+        if status:
             row = StepRow.of(stamp, case, "all", floor_us)
-            row.status = f"failed: {error}"
+            row.status = status
             return [row]
-        together = MEMORY_A_WEIGHT * 2 * case.N * case.d * (len(names) + 1) <= _free_bytes(device)
+        needed = {name: entered[name].bytes_needed(case) for name in names}
+        together = sum(needed.values()) <= free
         rows = []
         for group in [names] if together else [[name] for name in names]:
             with ExitStack() as stack:
                 workers = []
                 for name in group:
-                    workers.append(Worker(case, device, name))
-                    stack.callback(workers[-1].close)
+                    workers.append(Worker(case, device, name, _lacks("the step", needed[name], free)))
+                    if not workers[-1].status:
+                        stack.callback(workers[-1].close)
                 _take_turns(workers, path, seconds)
                 rows += [_row(worker, case, device, together, floor_us, stamp) for worker in workers]
     compare(rows, BASELINE)
@@ -201,13 +205,17 @@ def _row(worker: Worker, case: Case, device: str, together: bool, floor_us: floa
     return row
 
 
-def _alone(function: Any, *arguments: Any) -> None:
-    """Call it in a process, so that no memory stays taken."""
+def _alone(function: Any, *arguments: Any) -> str:
+    """Call it in a process, so that no memory stays taken; a status where it fails."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
     process.join()
-    if process.exitcode:
-        raise RuntimeError(f"{function.__name__} ended with exit status {process.exitcode}")
+    return f"failed: {function.__name__} ended with exit status {process.exitcode}" if process.exitcode else ""
+
+
+def _lacks(what: str, needed: float, free: float) -> str:
+    """A status where there is not memory enough."""
+    return f"failed: {what} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free" if needed > free else ""
 
 
 def _free_bytes(device: str) -> float:

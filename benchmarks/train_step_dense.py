@@ -1,7 +1,4 @@
-"""Training steps in plain PyTorch: dense autograd as one would write it first, and the released trainer's step.
-
-`Plain` in float64, over chunks of the tokens, is also what every other step is checked against.
-"""
+"""Training steps in plain PyTorch: dense autograd as one would write it first, and the released trainer's step."""
 
 from __future__ import annotations
 
@@ -120,8 +117,12 @@ class Plain:
         return total.item() if self.reads_loss else total
 
     def _update(self) -> None:
-        W_dec = self.weights.W_dec
         torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
+        self.apply_gradient()
+
+    def apply_gradient(self) -> None:
+        """What follows clipping."""
+        W_dec = self.weights.W_dec
         with torch.no_grad():
             W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) / W_dec.square().sum(1, keepdim=True) * W_dec
         self.optimizer.step()

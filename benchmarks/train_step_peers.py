@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from activations import Weights
-from harness import Absent
+from harness import Absent, Case
 from providers import HALF_TOLERANCE, load_peer
 from saemnesia_fast import ops
 from train_step_dense import ALPHA, DEAD_AFTER, Plain, Setting, first_counts, released_loss
@@ -22,6 +22,10 @@ STEPS = 1_000_000
 STEPS_A_LOG = 10
 STATE_BYTES = 12
 """Of a float32 weight and its moments."""
+BESIDE_STATE_BYTES = 16
+"""For each weight at most: the ones it starts from, its gradient, and temporaries of the update."""
+PRE_ACTIVATION_BYTES = 16
+"""For each of the [M, N] at most, where they are held."""
 
 
 class Step(Protocol):
@@ -47,6 +51,12 @@ class Peer:
     loss_limit: float = LOSS_LIMIT
     state_bytes: int = STATE_BYTES
     """Of a weight and its moments."""
+    pre_activation_bytes: int = PRE_ACTIVATION_BYTES
+
+    def bytes_needed(self, case: Case) -> int:
+        """At most, to be checked and timed."""
+        of_weights = (self.state_bytes + BESIDE_STATE_BYTES) * 2 * case.N * case.d
+        return of_weights + self.pre_activation_bytes * case.M * case.N
 
 
 class Sparsify:
@@ -196,9 +206,12 @@ def peers(device: str) -> dict[str, Peer]:
         "SAeUron": Peer(released, formula="released", differs="BatchTopK, AuxK as released"),
     }
     for name, backend in OURS[device].items():
-        entered[name] = Peer(partial(Ours, backend=backend, needed=name.removeprefix("ours ")))
+        start = partial(Ours, backend=backend, needed=name.removeprefix("ours "))
+        entered[name] = Peer(start, pre_activation_bytes=0)
     short = partial(Ours, backend=OURS[device][f"ours {device}"], needed=device, moments="bfloat16")
-    entered[f"ours {device}, bfloat16 moments"] = Peer(short, differs="moments rounded to bfloat16", state_bytes=8)
+    entered[f"ours {device}, bfloat16 moments"] = Peer(
+        short, differs="moments rounded to bfloat16", state_bytes=8, pre_activation_bytes=0
+    )
     return entered
 
 
@@ -219,10 +232,10 @@ def phases(own: Weights, x: Tensor, k: int) -> dict[str, Callable[[], Any]]:
 
     def loss() -> tuple[Tensor, Tensor]:
         variance = (x - x.mean(0)).square().sum()
-        error = x - ops.decode(values, indices, W_dec, b_dec)
-        return error.square().sum() / variance, error * (-2 / variance)
+        grad, squares = ops.decode_error(values, indices, W_dec, b_dec, x, -2 / variance)
+        return grad, squares.sum() / variance
 
-    _, grad = loss()
+    grad, _ = loss()
 
     def gradients() -> ops.SparseGradients:
         return ops.sparse_gradients([ops.PairTerms(values, indices, grad)], x, W_dec, b_dec)

@@ -4,122 +4,28 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import activations
-from activations import Weights
 from harness import Absent, Case, Clock, clock_for
 from providers import HALF_TOLERANCE
 from saemnesia_fast import ops
-from train_step_dense import ALPHA, Plain, Setting, largest, pre_activations, released_loss, topk_loss
+from train_step_dense import Setting
+from train_step_exact import LR, Expected, at_rows, checked_rows, fresh_weights, tokens
 from train_step_peers import OURS, Peer, Step, peers, phases
 
-LR = 4e-4
 STILL = 1e-9
 """The learning rate while time is taken: weights that stay keep the same latents dead and the same work to do."""
 UPDATE_LIMIT = 2e-2
 """Of the mean update: where an element's gradient is rounding alone, Adam's first step goes all the way too."""
-CHECKED_ROWS = 1024
-CHUNK = 256
-DEAD = "N/10 dead"
+ROW_LIMIT = 0.3
+"""Of a latent's own update, in units of the rate: Adam's first step moves each element by it, up or down."""
 PHASE_SAMPLES = 5
-
-
-class Expected(NamedTuple):
-    """What one step comes to in float64."""
-
-    losses: dict[str, float]
-    """By formula."""
-    weights: Weights
-    """The new ones, float64, at `checked_rows`; without the rest of W_enc, b_enc and W_dec."""
-    dead: Tensor | None
-    """[N] bool."""
-
-    def save(self, path: Path) -> None:
-        torch.save(self._asdict() | {"weights": tuple(self.weights)}, path)
-
-    @classmethod
-    def load(cls, path: Path, device: str) -> Expected:
-        entries = torch.load(path, map_location=device, weights_only=True)
-        return cls(**entries | {"weights": Weights(*entries["weights"])})
-
-
-def checked_rows(num_latents: int, device: str) -> Tensor:
-    return torch.linspace(0, num_latents - 1, min(num_latents, CHECKED_ROWS), device=device).long()
-
-
-def at_rows(own: Weights, rows: Tensor) -> Weights:
-    """A float64 copy of some latents' weights."""
-    some = (own.W_enc[rows], own.b_enc[rows], own.b_dec, own.W_dec[rows])
-    return Weights(*(tensor.detach().double().clone() for tensor in some))
-
-
-def fresh_weights(case: Case, device: str) -> Weights:
-    """The case's weights, held by nobody else."""
-    own = activations.weights(case.d, case.N, case.torch_dtype, device)
-    activations.weights.cache_clear()
-    return own
-
-
-def tokens(case: Case, device: str) -> Tensor:
-    x = activations.tokens(case, device)
-    activations.weights.cache_clear()
-    return x
-
-
-@torch.no_grad()
-def latents_to_call_dead(own: Weights, x: Tensor, k: int, count: int) -> Tensor:
-    """[N] bool: the first `count` latents that are nowhere among the k largest of the tokens."""
-    fired = torch.zeros(len(own.W_enc), dtype=torch.bool, device=x.device)
-    for some in x.split(CHUNK):
-        fired[pre_activations(own, some).topk(k).indices.flatten()] = True
-    silent = (~fired).nonzero().squeeze(1)
-    return torch.zeros_like(fired).index_fill(0, silent[:count], True)
-
-
-def num_dead(case: Case) -> int:
-    return case.N // 10 if case.variant == DEAD else 0
-
-
-def expected(case: Case, device: str, formulas: set[str]) -> Expected:
-    """One dense step in float64, and the losses of other formulas before it."""
-    own, x = Weights(*(t.double() for t in fresh_weights(case, device))), tokens(case, device).double()
-    dead = latents_to_call_dead(own, x, case.k, num_dead(case)) if num_dead(case) else None
-    losses = {name: OTHER_LOSSES[name](own, x, case.k, dead) for name in formulas - {"topk"}}
-    step = Plain(own, Setting(case.k, LR, dead), topk_loss, chunk=CHUNK)
-    losses["topk"] = float(step(x))
-    return Expected(losses, at_rows(step.weights, checked_rows(case.N, device)), dead)
-
-
-@torch.no_grad()
-def _released(own: Weights, x: Tensor, k: int, dead: Tensor | None) -> float:
-    dead = torch.zeros_like(own.b_enc, dtype=torch.bool) if dead is None else dead
-    return float(released_loss(own, x, k, (x - x.mean(0)).square().sum(), dead, int(dead.sum())).loss)
-
-
-@torch.no_grad()
-def _dictionary_learning(own: Weights, x: Tensor, k: int, dead: Tensor | None) -> float:
-    """Mean squared error of a token, and AuxK in units of the errors' own variance."""
-    pre = pre_activations(own, x)
-    error = x - (largest(pre, k) @ own.W_dec + own.b_dec)
-    loss = error.square().sum(1).mean()
-    if dead is not None:
-        e_hat = largest(torch.where(dead, pre, 0), min(x.shape[1] // 2, int(dead.sum()))) @ own.W_dec
-        loss += ALPHA * (e_hat - error).square().sum() / (error - error.mean(0)).square().sum()
-    return float(loss)
-
-
-OTHER_LOSSES: dict[str, Callable[[Weights, Tensor, int, Tensor | None], float]] = {
-    "released": _released,
-    "dictionary-learning": _dictionary_learning,
-}
 
 
 class Memory:
@@ -182,6 +88,11 @@ class Runner:
             update_error = max(map(_update_error, new, exact.weights, old))
             if not update_error <= UPDATE_LIMIT:
                 raise ValueError(f"error of the update {update_error:.2g} above {UPDATE_LIMIT:.2g}")
+            for name in ("W_enc", "W_dec"):
+                errors = (getattr(new, name) - getattr(exact.weights, name)).abs().mean(1)[exact.sure] / LR
+                if not errors.max() <= ROW_LIMIT:
+                    latent = int(rows[exact.sure][errors.argmax()])
+                    raise ValueError(f"error of the update of {name}[{latent}] {errors.max():.2g} above {ROW_LIMIT}")
         return {"error": error, "update_error": update_error}
 
     def _check_loss(self, loss: float, exact: Expected, limit: float) -> float:
@@ -251,7 +162,3 @@ def serve(connection: Connection, case: Case, device: str, name: str) -> None:
             text = " ".join(str(error).split())[:200]
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             connection.send((None, f"failed: {kind}{text}"))
-
-
-def write_expected(case: Case, device: str, formulas: set[str], path: Path) -> None:
-    expected(case, device, formulas).save(path)

@@ -1,4 +1,5 @@
-"""Sparse decode by gathering rows of W_dec, and the steering of the kept latents in the same pass (SPEC 1.3, 3.2)."""
+"""Sparse decode by gathering rows of W_dec; in the same pass the steering of the kept latents, or what x_hat misses of
+x (SPEC 1.3, 3.2, 4.1)."""
 
 import triton
 import triton.language as tl
@@ -22,7 +23,7 @@ def steering(value, index, line, latents, thresholds, factors, num_entries, norm
     return change
 
 
-@triton.jit(do_not_specialize=["per_line", "num_entries", "latents", "thresholds", "factors"])
+@triton.jit(do_not_specialize=["per_line", "num_entries", "latents", "thresholds", "factors", "scale"])
 def decode_kernel(
     values,
     indices,
@@ -40,6 +41,8 @@ def decode_kernel(
     latents,
     thresholds,
     factors,
+    scale,
+    squares,
     per_line,
     num_entries,
     d,
@@ -53,24 +56,27 @@ def decode_kernel(
     """With `r = sum_j values_j W_dec[indices_j] + b_dec` and Delta of SPEC 3.2 over the steered of the k kept latents:
 
     MODE "decode": r; "released": 2 r - x + Delta; "reconstruct": r + Delta; "exact": x + Delta, or x bit for bit where
-    nothing is steered. One weighted sum of rows of W_dec in each case, in float32, BLOCK_J latents at a time by
-    ascending j. NORM_SCALED multiplies each factor by ||values||_2. A token whose first value is NaN becomes NaN.
+    nothing is steered; "error": scale (x - r), and the sum of (x - r)^2 over the program's channels in squares. One
+    weighted sum of rows of W_dec in each case, in float32, BLOCK_J latents at a time by ascending j. NORM_SCALED
+    multiplies each factor by ||values||_2. A token whose first value is NaN becomes NaN.
 
     values, indices [M, k]; W_dec [N, d]; b_dec [d]; x, out [M, d] by strides; latents, thresholds, factors [G, S], line
-    m // per_line for token m. "decode" reads neither x nor lines. Who writes what: a program owns BLOCK_D channels of
-    one token of out, and reads the same of x, so out may be x.
+    m // per_line for token m; scale [1]; squares [M, programs a token]. "decode" reads neither x nor lines, "error" no
+    lines. Who writes what: a program owns BLOCK_D channels of one token of out, and reads the same of x, so out may be
+    x; and it owns one of squares.
     """
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
     inside = channels < d
+    STEERS: tl.constexpr = MODE != "decode" and MODE != "error"
     norm = 1.0
     if NORM_SCALED:
-        squares = tl.zeros((BLOCK_J,), dtype=tl.float32)
+        of_values = tl.zeros((BLOCK_J,), dtype=tl.float32)
         for first in range(0, k, BLOCK_J):
             kept = first + tl.arange(0, BLOCK_J)
             value = tl.load(values + row * k + kept, mask=kept < k, other=0.0).to(tl.float32)
-            squares += value * value
-        norm = tl.sqrt(tl.sum(squares))
+            of_values += value * value
+        norm = tl.sqrt(tl.sum(of_values))
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
     steered = 0
     for first in range(0, k, BLOCK_J):
@@ -79,7 +85,7 @@ def decode_kernel(
         value = tl.load(values + row * k + kept, mask=live, other=0.0).to(tl.float32)
         index = tl.load(indices + row * k + kept, mask=live, other=0)
         amount = value
-        if MODE != "decode":
+        if STEERS:
             change = steering(
                 value, index, row // per_line, latents, thresholds, factors, num_entries, norm, BLOCK_S=BLOCK_S
             )
@@ -97,11 +103,16 @@ def decode_kernel(
     if MODE != "exact":
         bias = tl.load(b_dec + channels, mask=inside, other=0.0).to(tl.float32)
         result += 2.0 * bias if MODE == "released" else bias
-    if MODE == "exact" or MODE == "released":
+    if MODE != "decode" and MODE != "reconstruct":
         x_row = x + token_offsets(row, per_batch, stride_b, stride_t)
         token = tl.load(x_row + channels * stride_d, mask=inside, other=0.0).to(tl.float32)
-        result = tl.where(steered > 0, token + result, token) if MODE == "exact" else result - token
-    if MODE != "decode":
+        if MODE == "error":
+            error = token - result
+            tl.store(squares + row * tl.num_programs(1) + tl.program_id(1), tl.sum(error * error))
+            result = error * tl.load(scale)
+        else:
+            result = tl.where(steered > 0, token + result, token) if MODE == "exact" else result - token
+    if STEERS:
         leading = tl.load(values + row * k).to(tl.float32)
         result = tl.where(leading == leading, result, float("nan"))
     out_row = out + token_offsets(row, per_batch, out_stride_b, out_stride_t)

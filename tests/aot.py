@@ -33,7 +33,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 OPERANDS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 FIXED_TYPES = {
-    "*fp32": "bias z most maxima thresholds factors stored out_thresholds out_factors "
+    "*fp32": "bias z most maxima thresholds factors scale squares stored out_thresholds out_factors "
     "screen x_screen W_screen flagged_screen",
     "*i32": "rank flagged_rows num_flagged doubts columns scratch indices",
     "*i64": "latents owners timesteps out_latents out_owners",
@@ -92,8 +92,10 @@ def cases(architecture: int) -> Iterator[Case]:
     yield from exact(*heuristic(divmod(architecture, 10), half), ("", "_nchw") if architecture == 90 else ("",))
     blocks = {"GROUP": 32, "BLOCK_R": 1, "BLOCK_G": 1024, "BLOCK_K": 32}
     yield Case("encode_topk.select_fp16", select_kernel, half, blocks, 4)
-    blocks = {"MODE": "released", "NORM_SCALED": False, "BLOCK_J": 8, "BLOCK_S": 32, "BLOCK_D": 256}
-    yield Case("decode.decode_fp16", decode_kernel, half, {**CONTIGUOUS, **blocks}, 4)
+    blocks = {**CONTIGUOUS, "NORM_SCALED": False, "BLOCK_J": 8, "BLOCK_S": 32, "BLOCK_D": 256}
+    constants = {"MODE": "released", "scale": None, "squares": None, **blocks}
+    yield Case("decode.decode_fp16", decode_kernel, half, constants, 4)
+    yield Case("decode.decode_error_fp32", decode_kernel, single, {"MODE": "error", **blocks}, 4)
     yield Case("erase.erase_fp16", erase_kernel, half, {**CONTIGUOUS, "BLOCK_S": 16, "BLOCK_D": 256}, 2)
     blocks = {"BLOCK_T": 128, "BLOCK_S": 32}
     yield Case("steering_lines.steering_lines", steering_lines_kernel, single, blocks, 1)

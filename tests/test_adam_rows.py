@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saemnesia_fast import ops
+from saemnesia_fast.ops import reference
 from saemnesia_fast.training.optim import normalize_rows, remove_parallel_gradient
 from weights import random_tokens, same_bits, threads
 
@@ -111,8 +112,24 @@ def test_short_moments_have_the_same_bits_everywhere() -> None:
     assert all(same_bits(a, b) for a, b in zip(alone, together, strict=True))
     # Where a last bit of the sums tips the rounding, a moment is 1/128 off.
     torch.testing.assert_close(alone[0], eager[0], rtol=0, atol=RECIPE["lr"] / 128)
-    for short, reference in zip(alone[1:], eager[1:], strict=True):
-        assert (short == reference).double().mean() > 0.995
+    for short, wanted in zip(alone[1:], eager[1:], strict=True):
+        assert (short == wanted).double().mean() > 0.995
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_eager_blocks_of_rows_have_the_bits_of_the_whole(moments: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The random bits too, which go by the number of an element."""
+    start, grad = random_tokens(23, 96, dtype=torch.float32), random_tokens(23, 96, dtype=torch.float32, seed=2)
+    found = []
+    for elements in (1, 5 * 96, 23 * 96):
+        monkeypatch.setattr(reference, "ADAM_ELEMENTS", elements)
+        tensors = (start.clone(), grad, torch.zeros(23, 96, dtype=moments), torch.ones(23, 96, dtype=moments))
+        options = {"scale": torch.tensor(0.3), "shadow": torch.zeros(23, 96, dtype=torch.float16)}
+        with ops.use_backend("eager"):
+            ops.adam_rows(*tensors, 3, remove_parallel=True, unit_norm=True, **options, **RECIPE)
+        found.append([*tensors, options["shadow"]])
+    for some in found[:2]:
+        assert all(same_bits(a, b) for a, b in zip(some, found[2], strict=True))
 
 
 def test_nan_stays_in_its_row() -> None:

@@ -194,13 +194,16 @@ def runs() -> dict[str, Callable[[Tensor, slice], tuple[Tensor, ...]]]:
     return {
         "encode_topk": lambda x, some: ops.encode_topk(x[some], *weights, 16),
         "decode": lambda x, some: (ops.decode(values[some], indices[some], W_dec, weights.b_dec),),
+        "decode_error": lambda x, some: ops.decode_error(
+            values[some], indices[some], W_dec, weights.b_dec, x[some], torch.tensor(0.7)
+        ),
         "erase": lambda x, some: (ops.erase(x[some], *weights, W_dec, 16, *lines),),
         "released": lambda x, some: (ops.erase(x[some], *weights, W_dec, 16, *lines, "released", True),),
         "probe": lambda x, some: ops.probe(x[some], *weights, 16, *lines[:2]),
     }
 
 
-@pytest.mark.parametrize("op", ["encode_topk", "decode", "erase", "released", "probe"])
+@pytest.mark.parametrize("op", ["encode_topk", "decode", "decode_error", "erase", "released", "probe"])
 def test_same_bits_over_runs_threads_and_batch_splits(op: str) -> None:
     run, x = runs()[op], random_tokens(600, 160, dtype=torch.float32)
     with threads(1):

@@ -18,6 +18,7 @@ import render
 import results
 import train_step
 import train_step_dense
+import train_step_exact
 import train_step_peers
 import train_step_worker as worker
 from saemnesia_fast.training import TensorActivations, TrainConfig
@@ -29,7 +30,25 @@ STAMP = results.Stamp("abc", "2026-01-01T00:00:00Z", "a machine", 2, 2, "2.13.0"
 def exact_step(request: pytest.FixtureRequest):
     """A case of train_step, and what a dense float64 step comes to."""
     case = harness.Case("train_step", M=64, d=64, N=512, k=8, variant=request.param)
-    return case, worker.expected(case, "cpu", {"topk", *worker.OTHER_LOSSES})
+    formulas = {peer.formula for peer in train_step_peers.peers("cpu").values()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_step_exact, "BLOCK", 100 * 64)  # latents in six parts, the last shorter
+        patch.setattr(train_step_exact, "PAIRS", 150)
+        return case, train_step_exact.expected(case, "cpu", formulas)
+
+
+def test_the_exact_step_is_that_of_dense_autograd_in_float64(exact_step) -> None:
+    case, exact = exact_step
+    own = train_step_exact.at_rows(train_step_exact.fresh_weights(case, "cpu"), slice(None))
+    x = train_step_exact.tokens(case, "cpu").double()
+    dead = torch.zeros(case.N, dtype=torch.bool) if exact.dead is None else exact.dead
+    variance = (x - x.mean(0)).square().sum()
+    released = train_step_dense.released_loss(own, x, case.k, variance, dead, int(dead.sum())).loss
+    assert exact.losses["released"] == pytest.approx(float(released), rel=1e-12)
+    step = train_step_dense.Plain(own, train_step_dense.Setting(case.k, train_step_exact.LR, exact.dead))
+    assert exact.losses["topk"] == pytest.approx(float(step(x)), rel=1e-12)
+    for got, want in zip(exact.weights, step.weights, strict=True):
+        torch.testing.assert_close(got, want.detach(), rtol=1e-9, atol=1e-9 * train_step_exact.LR)
 
 
 @pytest.mark.parametrize("name", list(train_step_peers.peers("cpu")))
@@ -74,6 +93,21 @@ def test_a_training_step_with_another_recipe_does_not_pass(exact_step, part: str
         runner.check(exact)
 
 
+@pytest.mark.parametrize("name", ["W_enc", "W_dec"])
+def test_a_training_step_with_a_wrong_gradient_of_one_latent_does_not_pass(exact_step, name: str) -> None:
+    class Faulty(train_step_dense.Plain):
+        def _update(self) -> None:
+            gradient = getattr(self.weights, name).grad
+            gradient[7] = gradient[7].flip(0)
+            super()._update()
+
+    case, exact = exact_step
+    runner = worker.Runner(case, "cpu", "dense eager")
+    runner.peer = dataclasses.replace(runner.peer, start=Faulty)
+    with pytest.raises(ValueError, match=rf"error of the update of {name}\[7\]"):
+        runner.check(exact)
+
+
 def test_a_training_step_with_another_loss_does_not_pass(exact_step) -> None:
     case, exact = exact_step
     runner = worker.Runner(case, "cpu", "SAeUron")
@@ -87,7 +121,7 @@ def test_latents_called_dead_fire_on_no_token(exact_step) -> None:
     assert (exact.dead is not None) == bool(case.variant)
     if exact.dead is None:
         return
-    own, x = worker.fresh_weights(case, "cpu"), worker.tokens(case, "cpu")
+    own, x = train_step_exact.fresh_weights(case, "cpu"), train_step_exact.tokens(case, "cpu")
     pre = torch.relu((x - own.b_dec) @ own.W_enc.T + own.b_enc)
     kept = torch.zeros_like(pre).scatter(1, pre.topk(case.k).indices, 1.0)
     assert int(exact.dead.sum()) == case.N // 10 and kept[:, exact.dead].sum() == 0
@@ -151,7 +185,18 @@ def test_a_competitor_whose_process_dies_says_so() -> None:
 def test_a_case_too_large_for_the_memory_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_step, "_free_bytes", lambda device: 1e9)
     (row,) = train_step.measure(train_step.cases("cpu")[-1], "cpu", ["dense eager"], 1.0, 1.0, STAMP)
-    assert row.status == "failed: the float64 step needs 16 GB, 1 are free" and row.provider == "all"
+    assert row.status == "failed: the float64 step needs 4.7 GB, 1.0 are free" and row.provider == "all"
+
+
+def test_a_competitor_too_large_for_the_memory_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, names = train_step.cases("cpu")[-1], ["dense eager", "ours cpu"]
+    monkeypatch.setattr(train_step, "_alone", lambda *_: "")
+    monkeypatch.setattr(train_step, "_free_bytes", lambda device: 5e9)
+    statuses = {row.provider: row.status for row in train_step.measure(case, "cpu", names, 1.0, 1.0, STAMP)}
+    assert statuses == {
+        "dense eager": "failed: the step needs 11.5 GB, 5.0 are free",
+        "ours cpu": "failed: the step needs 9.4 GB, 5.0 are free",
+    }
 
 
 def test_the_least_work_of_a_training_step() -> None:

@@ -17,6 +17,10 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& pre, int64_t k);
 
 Tensor decode(const Tensor& values, const Tensor& indices, const Tensor& W_dec, const Tensor& b_dec);
 
+// scale * (x - x_hat) and the |x - x_hat|^2 of each token, in the type computed in.
+std::tuple<Tensor, Tensor> decode_error(const Tensor& values, const Tensor& indices, const Tensor& W_dec,
+                                        const Tensor& b_dec, const Tensor& x, const Tensor& scale);
+
 // Edits `out`, which is x or a copy of it. Mode "exact" without the scale of the token's norm. A token that is finite but
 // whose pre-activations are not is made NaN only if it has a candidate or numbers beyond 2^96.
 void erase(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& b_dec, const Tensor& W_dec,

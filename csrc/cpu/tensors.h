@@ -93,6 +93,23 @@ struct Rows {
     return load<T>(data, storage, offsets[row] + column * stride);
   }
 
+  // Calls use(column, number) with the numbers of a row, widened.
+  template <typename Use>
+  void read(int64_t row, const Use& use) const {
+    with_elements(data, storage, [&](auto elements) {
+      const auto* const first = elements + offsets[row];
+      if (stride == 1) {
+        for (int64_t c = 0; c < d; ++c) {
+          use(c, widen(first[c]));
+        }
+        return;
+      }
+      for (int64_t c = 0; c < d; ++c) {
+        use(c, widen(first[c * stride]));
+      }
+    });
+  }
+
   // Sets the numbers of a row to value(column).
   template <typename Value>
   void assign(int64_t row, const Value& value) const {

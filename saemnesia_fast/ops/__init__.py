@@ -34,6 +34,7 @@ __all__ = [
     "backend_report",
     "current_backend",
     "decode",
+    "decode_error",
     "encode_topk",
     "erase",
     "latent_gradients",
@@ -94,6 +95,22 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Ten
     _check.check_shape("W_dec", W_dec, "N, d", (None, None), "b_dec [d]")
     _check.check_shape("b_dec", b_dec, "d", (W_dec.shape[1],), f"W_dec [N, d={W_dec.shape[1]}]")
     return torch.ops.saemnesia_fast.decode(values, indices, W_dec, b_dec)
+
+
+@torch.no_grad()
+def decode_error(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`grad = scale * (x - x_hat)` [..., d] and `|x - x_hat|^2` [...] of tokens x [..., d] (SPEC 1.3, 4.1).
+
+    With x_hat of `decode`, which is not written down, and scale 0-d, -2 / variance: the FVU's gradient with respect to
+    x_hat, and the parts of its numerator. Both in the compute dtype of the values. Not differentiable.
+    """
+    _check.check_tokens("x", x)
+    _check.check_latents(values, indices, x)
+    _check.check_decoder(W_dec, b_dec, x)
+    _check.check_scale(scale, x)
+    return _registration.decode_error(values, indices, W_dec, b_dec, x, scale)
 
 
 def erase(

@@ -55,8 +55,9 @@ def _encode_topk(
     return _ops.encode_topk(x, W_enc, b_enc, b_dec, k)
 
 
-def _decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    return _ops.decode(values, indices, W_dec, b_dec)
+def _decode(*arguments: Tensor) -> Any:
+    """With x and scale: `decode_error`."""
+    return _ops.decode(*arguments) if len(arguments) == 4 else _ops.decode_error(*arguments)
 
 
 def _erase(x: Tensor, *arguments: Any, in_place: bool = False) -> Tensor:

@@ -57,9 +57,21 @@ def encode_topk(
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 
 
-def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    x_hat = reference.decode(rows(values), rows(indices), W_dec, b_dec)
-    return x_hat.view(*values.shape[:-1], W_dec.shape[1])
+def decode(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    x: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """With x and scale: `reference.decode_error`."""
+    arguments = (rows(values), rows(indices), W_dec, b_dec)
+    shape = (*values.shape[:-1], W_dec.shape[1])
+    if x is None or scale is None:
+        return reference.decode(*arguments).view(shape)
+    grad, squares = reference.decode_error(*arguments, rows(x), scale)
+    return grad.view(shape), squares.view(shape[:-1])
 
 
 def erase(

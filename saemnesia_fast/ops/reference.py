@@ -14,6 +14,9 @@ from torch import Tensor
 
 ROWS_PER_GEMM = 128
 
+ADAM_ELEMENTS = 1 << 16
+"""Of a parameter, that a CPU updates at a time: what is made of them on the way stays in cache."""
+
 
 class PairTerms(NamedTuple):
     """Some (token, latent) pairs, k of each token, through which a loss depends on the parameters (SPEC 4.3)."""
@@ -145,6 +148,15 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Ten
     """`x_hat = sum_j values_j * W_dec[indices_j] + b_dec` (SPEC 1.3): [M, d] in values' dtype."""
     dtype = compute_dtype(values)
     return (gather_sum(values.to(dtype), indices, W_dec) + b_dec.to(dtype)).to(values.dtype)
+
+
+def decode_error(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`scale * (x - x_hat)` [M, d] and `|x - x_hat|^2` [M] of tokens x [M, d], in the compute dtype (SPEC 1.3, 4.1)."""
+    dtype = compute_dtype(values)
+    error = x.to(dtype) - decode(values.to(dtype), indices, W_dec, b_dec)
+    return error * scale.to(dtype), error.square().sum(1)
 
 
 def line_table(latents: Tensor, thresholds: Tensor, entries: Tensor, fill: float, num_latents: int) -> Tensor:
@@ -312,13 +324,13 @@ def encoder_gradients(
     return both[:, :-1].contiguous(), both[:, -1].contiguous()
 
 
-def _noise(count: int, step: int, device: torch.device) -> Tensor:
-    """32 random bits for each of `count` elements, fixed by its number and the step: [count] int64."""
+def _noise(first: int, count: int, step: int, device: torch.device) -> Tensor:
+    """32 random bits for each of `count` elements from `first`, fixed by its number and the step: [count] int64."""
 
     def times(number: Tensor, factor: int) -> Tensor:
         return number * factor & 0xFFFFFFFF
 
-    element = torch.arange(count, device=device)
+    element = torch.arange(first, first + count, device=device)
     bits = times(element & 0xFFFFFFFF, 0x9E3779B1) + times(element >> 32, 0x7FEB352D) + (step * 0x85EBCA77)
     bits = bits & 0xFFFFFFFF
     bits = times(bits ^ bits >> 15, 0x2C1B3C6D)
@@ -356,23 +368,55 @@ def adam_rows(
     length if `unit_norm`; `shadow` = W in 16 bits. A row of zeros has no direction and stays. A scale of NaN leaves
     everything as it is.
     """
+    # On the CPU a look at the data is free, and rows that stay in cache meanwhile are updated several times as fast.
+    on_cpu = W.device.type == "cpu"
+    if on_cpu and scale is not None and scale.isnan():
+        return
+    kept = None if on_cpu or scale is None else scale.isnan()
+    d = W.shape[1]
+    at_once = max(1, ADAM_ELEMENTS // d if on_cpu else len(W))
+    for first in range(0, len(W), at_once):
+        rows = slice(first, first + at_once)
+        some = (W[rows], grad[rows], exp_avg[rows], exp_avg_sq[rows], scale, first * d)
+        new = _adam(*some, step, lr, beta1, beta2, eps, remove_parallel, unit_norm)
+        for whole, updated in zip((W, exp_avg, exp_avg_sq, shadow), (*new, new[0]), strict=True):
+            if whole is not None:
+                old = whole[rows]
+                old.copy_(updated if kept is None else torch.where(kept, old, updated.to(old.dtype)))
+
+
+def _adam(
+    W: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scale: Tensor | None,
+    first: int,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    remove_parallel: bool,
+    unit_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New rows, exp_avg and exp_avg_sq for rows of which the first element is number `first` of all."""
     g = grad if scale is None else grad * scale
     if remove_parallel:
         squared = W.square().sum(1, keepdim=True)
         g = g - torch.where(squared > 0, (g * W).sum(1, keepdim=True) / squared, 0) * W
     m, v = exp_avg.to(W.dtype), exp_avg_sq.to(W.dtype)
-    m = m + (1 - beta1) * (g - m)
-    v = beta2 * v + (1 - beta2) * g * g
-    updated = W - lr / (1 - beta1**step) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
+    m = (g - m).mul_(1 - beta1).add_(m)
+    v = (beta2 * v).add_(((1 - beta2) * g).mul_(g))
+    change = (lr / (1 - beta1**step) * m).div_(v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps))
+    updated = torch.sub(W, change, out=change)
     if unit_norm:
         norm = torch.linalg.vector_norm(updated, dim=1, keepdim=True)
-        updated = updated / torch.where(norm > 0, norm, 1)
+        updated /= torch.where(norm > 0, norm, 1)
     if exp_avg.dtype != W.dtype:
-        noise = _noise(W.numel(), step, W.device)
+        noise = _noise(first, W.numel(), step, W.device)
         m, v = _rounded(m, noise & 0xFFFF), _rounded(v, noise >> 16)
-    for old, new in ((W, updated), (exp_avg, m), (exp_avg_sq, v), (shadow, updated)):
-        if old is not None:
-            old.copy_(new if scale is None else torch.where(scale.isnan(), old, new.to(old.dtype)))
+    return updated, m, v
 
 
 def sparse_gradients(

@@ -309,6 +309,14 @@ def sparse_gradients(
     return backend.select("sparse_gradients", x.device)(terms, x, W_dec, b_dec, dense)
 
 
+def decode_error(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Likewise. An epilogue of `decode`, whose slot has it."""
+    check_range("indices", indices, W_dec.shape[0])
+    return backend.select("decode", x.device)(values, indices, W_dec, b_dec, x, scale)
+
+
 def erase_in_place(x: Tensor, *arguments: Any) -> Tensor:
     """`erase` over x, likewise without its checks."""
     if only_numbers(x, *arguments):

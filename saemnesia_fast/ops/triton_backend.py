@@ -26,6 +26,8 @@ DOUBTFUL = 32
 Z_BYTES = 1 << 29
 """Room for the pre-activations of `encode_topk`: longer batches are encoded in parts."""
 
+BLOCK_D = 256
+"""Channels of a program that decodes."""
 
 
 @cache
@@ -176,12 +178,28 @@ def select_topk(z: Tensor, bias: Tensor, k: int, dtype: torch.dtype) -> tuple[Te
     return values, indices
 
 
-def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """`ops.decode`."""
-    out = values.new_empty(*values.shape[:-1], W_dec.shape[1])
+def decode(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    x: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`ops.decode`, and with x and scale `ops.decode_error`."""
     nothing = values.new_empty(1, 0)
-    _sum_directions(values, indices, W_dec, b_dec, out, out, (nothing.int(), nothing, nothing), "decode", False)
-    return out
+    lines = (nothing.int(), nothing, nothing)
+    if x is None:
+        out = values.new_empty(*values.shape[:-1], W_dec.shape[1])
+        _sum_directions(values, indices, W_dec, b_dec, out, out, lines, "decode", False)
+        return out
+    from saemnesia_fast.kernels.tokens import view
+
+    grad = values.new_empty(x.shape, dtype=torch.float32)
+    squares = values.new_empty(*x.shape[:-1], -(-x.shape[-1] // BLOCK_D), dtype=torch.float32)
+    source = x if view(x, grad) else x.contiguous()
+    _sum_directions(values, indices, W_dec, b_dec, source, grad, lines, "error", False, scale, squares)
+    return grad, squares.sum(-1)
 
 
 def _sum_directions(
@@ -194,6 +212,8 @@ def _sum_directions(
     lines: tuple[Tensor, Tensor, Tensor],
     mode: str,
     norm_scaled: bool,
+    scale: Tensor | None = None,
+    squares: Tensor | None = None,
 ) -> None:
     from saemnesia_fast.kernels.decode import decode_kernel
     from saemnesia_fast.kernels.tokens import view
@@ -205,7 +225,7 @@ def _sum_directions(
     source, target = view(x, out)
     per_line, num_entries = rows // len(lines[0]), lines[0].shape[1]
     with torch.cuda.device_of(out):
-        decode_kernel[rows, -(-d // 256)](
+        decode_kernel[rows, -(-d // BLOCK_D)](
             values.contiguous(),
             indices.contiguous(),
             W_dec.contiguous(),
@@ -214,6 +234,8 @@ def _sum_directions(
             *target[:1],
             *target[2:],
             *lines,
+            scale,
+            squares,
             per_line,
             num_entries,
             d,
@@ -222,7 +244,7 @@ def _sum_directions(
             NORM_SCALED=norm_scaled,
             BLOCK_J=8,
             BLOCK_S=32,
-            BLOCK_D=256,
+            BLOCK_D=BLOCK_D,
             num_warps=4,
         )
 

@@ -60,14 +60,20 @@ def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int
     return d, num_latents
 
 
-def check_latents(values: Tensor, indices: Tensor) -> None:
-    """Check values [..., k] and indices [..., k]."""
+def check_latents(values: Tensor, indices: Tensor, x: Tensor | None = None) -> None:
+    """Check values [..., k] and indices [..., k], and both against tokens x [..., d]."""
     check_tokens("values", values)
     check_tensor("indices", indices, like=values, integer=True)
     if indices.shape != values.shape:
         raise ValueError(
             f"indices: expected [..., k] = {list(values.shape)} to match values, got {list(indices.shape)}"
         )
+    if x is None:
+        return
+    check_tensor("values", values, like=x)
+    if values.shape[:-1] != x.shape[:-1]:
+        shape = ", ".join(map(str, (*x.shape[:-1], "k")))
+        raise ValueError(f"values: expected [..., k] = [{shape}] to match x, got {list(values.shape)}")
 
 
 def check_terms(name: str, terms: Sequence[PairTerms], x: Tensor, first: int = 0) -> None:
@@ -80,11 +86,7 @@ def check_terms(name: str, terms: Sequence[PairTerms], x: Tensor, first: int = 0
 
 
 def _check_term(term: PairTerms, x: Tensor) -> None:
-    check_latents(term.values, term.indices)
-    check_tensor("values", term.values, like=x)
-    if term.values.shape[:-1] != x.shape[:-1]:
-        shape = ", ".join(map(str, (*x.shape[:-1], "k")))
-        raise ValueError(f"values: expected [..., k] = [{shape}] to match x, got {list(term.values.shape)}")
+    check_latents(term.values, term.indices, x)
     optional = (
         () if term.extra_d_value is None else (("extra_d_value", "k", term.extra_d_value, "values", term.values),)
     )
@@ -177,12 +179,17 @@ def _check_alike(first: str, like: Tensor, *tensors: tuple[str, Tensor | None, t
             )
 
 
+def check_scale(scale: Tensor, like: Tensor) -> None:
+    """Check a factor that lies on the device."""
+    check_tensor("scale", scale, like=like)
+    if scale.dim():
+        raise ValueError(f"scale: expected one number, [], got {list(scale.shape)}")
+
+
 def check_step(W: Tensor, step: int, scale: Tensor | None) -> None:
     """Check the number of the step, and its scale."""
     if scale is not None:
-        check_tensor("scale", scale, like=W)
-        if scale.dim():
-            raise ValueError(f"scale: expected one number, [], got {list(scale.shape)}")
+        check_scale(scale, W)
     if step < 1:
         raise ValueError(f"step: expected at least 1, got {step}")
 

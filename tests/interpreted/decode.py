@@ -1,4 +1,4 @@
-"""ops.decode by the triton backend in the interpreter: SPEC 1.3, 7.1."""
+"""ops.decode and decode_error by the triton backend in the interpreter: SPEC 1.3, 4.1, 7.1."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import naive
 from saemnesia_fast import ops
 from saemnesia_fast.ops import reference
-from triton_cases import IN_INTERPRETER, amid_nan, assert_no_worse, doubled, poisoned_allocations
+from triton_cases import IN_INTERPRETER, LAYOUTS, amid_nan, assert_no_worse, doubled, lay_out, poisoned_allocations
 from weights import random_tokens, random_weights, same_bits
 
 pytestmark = IN_INTERPRETER
@@ -77,3 +77,38 @@ def test_no_tokens():
     values, indices = latents(1, 6, n=20)
     ops.decode(values, indices, W_dec, b_dec)
     assert ops.decode(values[:0], indices[:0], W_dec, b_dec).shape == (0, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_error_is_as_good_as_eager(layout, dtype):
+    (_, _, b_dec), W_dec = random_weights(6, 20, dtype)
+    x = lay_out(layout, dtype)
+    values, indices = latents(*x.shape[:-1], 5, n=20, dtype=dtype)
+    arguments = [*amid_nan(values, indices, W_dec, b_dec, x), torch.tensor(-0.3)]
+    found = ops.decode_error(*arguments)
+    flat = [*(t.flatten(0, -2) for t in (values, indices)), W_dec, b_dec, x.reshape(-1, 6), torch.tensor(-0.3)]
+    eager, exact = reference.decode_error(*flat), reference.decode_error(*doubled(*flat))
+    for got, same_dtype, wanted in zip(found, eager, exact, strict=True):
+        assert got.dtype == torch.float32
+        assert_no_worse(got.reshape(wanted.shape), same_dtype, wanted)
+
+
+def test_the_error_of_several_programs_a_token():
+    """Splits and runs agree bit for bit, NaN stays in its token, and whole numbers are exact."""
+    (_, _, b_dec), W_dec = random_weights(600, 20, torch.float32, integer=True)
+    values, indices = latents(5, 19, n=20, integer=True)
+    x, scale = random_tokens(5, 600, dtype=torch.float32, integer=True), torch.tensor(-0.25)
+    grad, squares = ops.decode_error(values, indices, W_dec, b_dec, x, scale)
+    error = x.double() - naive.decode(values, indices, W_dec, b_dec)
+    assert torch.equal(grad.double(), -0.25 * error)
+    assert torch.equal(squares.double(), error.square().sum(1))
+    values, x = values + 0.1, x / 3
+    clean = ops.decode_error(values, indices, W_dec, b_dec, x, scale)
+    x[0, 599], values[3] = torch.nan, torch.nan
+    for start, stop in ((0, 5), (1, 3), (4, 5), (2, 2)):
+        part = ops.decode_error(values[start:stop], indices[start:stop], W_dec, b_dec, x[start:stop], scale)
+        for got, want in zip(part, clean, strict=True):
+            kept = torch.tensor([m for m in range(start, stop) if m not in (0, 3)], dtype=torch.long)
+            assert same_bits(got[kept - start], want[kept])
+        assert not part[1][[m - start for m in (0, 3) if start <= m < stop]].isfinite().any()
