@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ("erase", "encode_topk", "unet", "hooks", "decode", "probe", "latent_gradients", "adam_latents")
+OPS = ("erase", "encode_topk", "unet", "hooks", "decode", "decode_error", "probe", "latent_gradients", "adam_latents")
 
 STEPS = ("train_step",)
 """Commands of their own, whose rows have more columns."""
@@ -141,6 +141,13 @@ def minicanvas_sae(arguments: argparse.Namespace) -> None:
     minicanvas_sae.main(arguments.out, arguments.steps, arguments.images, arguments.work)
 
 
+def supervised_step(arguments: argparse.Namespace) -> None:
+    import supervised_step
+
+    chosen = (arguments.rounds, arguments.images, arguments.tokens, arguments.small, arguments.dense)
+    supervised_step.main(arguments.out, _device(arguments), *chosen)
+
+
 def plot(arguments: argparse.Namespace) -> None:
     from plot import draw
 
@@ -208,6 +215,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--images", type=int, default=12, help="of each object in each style")
     command.add_argument("--work", type=Path, help="keep the collected tokens here")
     command.add_argument("--out", type=Path, default=results / "minicanvas_sae.json")
+
+    command = commands.add_parser("supervised_step", help="what supervision adds to a training step")
+    command.set_defaults(run=supervised_step)
+    command.add_argument("--device", choices=("cpu", "cuda"), help="a GPU where there is one unless told")
+    command.add_argument("--rounds", type=int, default=15)
+    command.add_argument("--images", type=int, default=128)
+    command.add_argument("--tokens", type=int, default=16, help="of an image")
+    command.add_argument("--small", action="store_true", help="tiny sizes: does everything, measures nothing of use")
+    command.add_argument("--dense", action="store_true", help="also time the L1 of all latents")
+    command.add_argument("--out", type=Path, default=results / "supervised_step.json")
 
     command = commands.add_parser("plot", help="draw the newest rows of a CSV or JSON")
     command.set_defaults(run=plot)

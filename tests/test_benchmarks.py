@@ -30,7 +30,7 @@ from saemnesia_fast import ops
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
-OPS = ("erase", "encode_topk", "unet", "hooks", "decode", "probe", "latent_gradients", "adam_latents")
+OPS = ("erase", "encode_topk", "unet", "hooks", "decode", "decode_error", "probe", "latent_gradients", "adam_latents")
 STAMP = results.Stamp("abc", "2026-01-01T00:00:00Z", "a machine", 2, 2, "2.13.0", "3.6.0")
 CASE = harness.Case("double", M=8, d=4, N=16, k=2)
 
@@ -197,7 +197,7 @@ def test_block_layout_is_a_strided_view_of_the_same_tokens(small: harness.Case) 
     assert torch.equal(block.flatten(0, 2), x)
 
 
-@pytest.mark.parametrize("name", ["encode_topk", "decode", "erase", "probe"])
+@pytest.mark.parametrize("name", ["encode_topk", "decode", "decode_error", "erase", "probe"])
 def test_every_provider_passes_its_gate_at_a_small_size(name: str) -> None:
     """Each op's own contest, on the CPU, without what has to be compiled first; also with weights of another dtype."""
     op = import_module(name)

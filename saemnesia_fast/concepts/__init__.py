@@ -1,5 +1,6 @@
 """Concept statistics: what each latent does for each concept at each denoising step (SPEC 2)."""
 
+from .assignment import load_assignment, save_assignment
 from .collect import collect_concepts
 from .scores import assign_latents, concept_scores
 from .selection import Selection, nearest_row
@@ -13,5 +14,7 @@ __all__ = [
     "assign_latents",
     "collect_concepts",
     "concept_scores",
+    "load_assignment",
     "nearest_row",
+    "save_assignment",
 ]

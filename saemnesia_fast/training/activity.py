@@ -15,7 +15,8 @@ class LatentActivity:
 
     The dense work for dead latents needs to know how many there are, and the host must not ask in every step. But it
     can foresee: only a latent silent for all but the next few batches' tokens can be dead in one of them. So every
-    `steps_ahead` steps it looks for those, `candidates`, and each step asks the device which of them are dead.
+    `steps_ahead` steps it looks for those, `candidates`, and each step asks the device which of them are dead. Where
+    there are any, this process's latents `with_candidates` [c] int64 are among them.
     """
 
     def __init__(
@@ -25,11 +26,13 @@ class LatentActivity:
         device: torch.device | str,
         layout: Layout = ALONE,
         steps_ahead: int = 1,
+        with_candidates: Tensor | None = None,
     ) -> None:
         self.num_latents = num_latents
         self.dead_after = dead_after
         self.steps_ahead = steps_ahead
         self.layout = layout
+        self.with_candidates = with_candidates
         rows = layout.shard(num_latents)
         self.tokens_since_fired = torch.zeros(rows.stop - rows.start, dtype=torch.int64, device=device)
         self.firings = torch.zeros_like(self.tokens_since_fired)
@@ -44,8 +47,10 @@ class LatentActivity:
         if self._foreseen < tokens:
             self._foreseen = self.steps_ahead * tokens
             possible = self.tokens_since_fired > self.dead_after - self._foreseen
-            found = possible.nonzero().squeeze(1)
-            self._candidates = found if self.layout.sum_over_latents(possible.sum()) else None
+            found = bool(self.layout.sum_over_latents(possible.sum()))
+            if self.with_candidates is not None:
+                possible[self.with_candidates] = True
+            self._candidates = possible.nonzero().squeeze(1) if found else None
         self._foreseen -= tokens
         if self._candidates is None:
             return None

@@ -34,14 +34,15 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
     """Step, tokens, seconds, position in the data, SAE configuration, training recipe; plain JSON.
 
-    `fvu` is the mean over the steps since the checkpoint before, None where all of them were skipped.
+    `fvu` is the mean over the steps since the checkpoint before, None where all of them were skipped. Where there is a
+    `rating`, that tells the best instead.
     """
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, layout: Layout = ALONE) -> None:
     """Write `step-<step>.safetensors`, or of several processes the folder `step-<step>`, atomically; then tidy up.
 
-    Kept are the `keep` newest and the one with the lowest `fvu`; those of later steps belong to a run that was given
+    Kept are the `keep` newest and the one with the lowest rating; those of later steps belong to a run that was given
     up for an earlier checkpoint, and go.
     """
     tensors = {"rng": checkpoint.rng}
@@ -64,8 +65,8 @@ def _tidy_up(folder: Path, newest: Path, keep: int) -> None:
     """Delete all checkpoints but those that `save_checkpoint` keeps when it has written the newest."""
     paths = list_checkpoints(folder)
     written = [*(path for path in paths if _step_of(path) < _step_of(newest)), newest]
-    best = min(written, key=_fvu_of)
-    kept = {*written[-keep:], *([best] if _fvu_of(best) < math.inf else [])}
+    best = min(written, key=_rating_of)
+    kept = {*written[-keep:], *([best] if _rating_of(best) < math.inf else [])}
     for path in set(paths) - kept:
         if path.is_dir():
             remove_shards(path)
@@ -145,11 +146,11 @@ def _step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _fvu_of(path: Path) -> float:
-    """The mean FVU that the checkpoint was written with; infinity where it has none or cannot be read."""
+def _rating_of(path: Path) -> float:
+    """The rating or else the mean FVU, lower is better; infinity where it has none or cannot be read."""
     try:
         state = read_state(path) if path.is_dir() else json.loads(read_metadata(path)["state"])
-        fvu = state["fvu"]
+        rating = state["rating"] if "rating" in state else state["fvu"]
     except (OSError, KeyError, ValueError):
         return math.inf
-    return math.inf if fvu is None else fvu
+    return math.inf if rating is None else rating

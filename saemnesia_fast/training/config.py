@@ -43,7 +43,9 @@ class TrainConfig:
     moments: Literal["float32", "bfloat16", "8bit"] = "float32"
     """Precision of Adam's moments of W_enc and W_dec; 8bit needs torchao, an adam_eps >= 1e-6, and stored gradients."""
     lr: float = 4e-4
-    """Peak learning rate, falling linearly to 0."""
+    """Peak learning rate."""
+    lr_schedule: Literal["linear", "constant"] = "linear"
+    """After the warm-up: falling linearly to 0, or constant."""
     warmup_steps: int = 0
     """Steps over which the learning rate first rises linearly."""
     adam_eps: float = 6.25e-10
@@ -92,7 +94,7 @@ class TrainConfig:
         for name in ("lr", "adam_eps", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        for name in ("compute_dtype", "moments", "on_bad_batch"):
+        for name in ("lr_schedule", "compute_dtype", "moments", "on_bad_batch"):
             allowed = get_args(get_type_hints(TrainConfig)[name])
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")

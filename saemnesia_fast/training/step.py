@@ -16,6 +16,7 @@ from saemnesia_fast.ops import DenseRows, PairTerms
 from saemnesia_fast.sae import TopKSAE
 from saemnesia_fast.training.layout import ALONE, Layout
 from saemnesia_fast.training.loss import keep, least_kept, num_candidates, total_variance
+from saemnesia_fast.training.supervised_loss import Supervised, SupervisedTerms, supervised_gradient
 
 # Room for the activations of dead latents: more tokens are taken in parts.
 AUXK_BYTES = 1 << 29
@@ -31,7 +32,7 @@ class Objective(NamedTuple):
 
 
 class BatchGradient(NamedTuple):
-    """The gradient of a batch's loss, and what else the batch tells. 0-d tensors but for three."""
+    """The gradient of a batch's loss, and what else the batch tells. 0-d tensors but for four."""
 
     sparse: Any
     """Of W_enc, b_enc and W_dec: what `collect` returns."""
@@ -46,6 +47,8 @@ class BatchGradient(NamedTuple):
     auxk: Tensor
     variance: Tensor
     """The denominator of FVU."""
+    taught: SupervisedTerms | None = None
+    """What supervision has added to the loss."""
 
 
 def batch_gradient(
@@ -59,46 +62,57 @@ def batch_gradient(
     encoder: Tensor | None = None,
     collect: Callable[..., Any] = ops.sparse_gradients,
     layout: Layout = ALONE,
+    supervised: Supervised | None = None,
 ) -> BatchGradient:
-    """The gradient of `objective` for tokens x [M, d] in the SAE's dtype.
+    """The gradient of `objective` for tokens x [M, d] in the SAE's dtype, and of the terms they are `supervised` by.
 
-    `dead` [C] bool marks the latents of AuxK among `candidates` [C] int64. `encoder` is W_enc in 16 bits to encode with
-    in its place. Dense products take the tokens in `micro_batches` parts. In a `layout` of several processes each of
-    them is given all tokens, of which it encodes and decodes its share, and an SAE with the latents that it holds.
+    `dead` [C] bool marks the latents of AuxK among `candidates` [C] int64, which ascend and hold the latents of
+    `supervised`. `encoder` is W_enc in 16 bits to encode with in its place. Dense products take the tokens in
+    `micro_batches` parts. In a `layout` of several processes each of them is given all tokens, of which it encodes and
+    decodes its share, and an SAE with the latents that it holds.
     """
     variance = total_variance(x)
     own = layout.rows_of(x)
     width = num_candidates(objective.k, sae.num_latents, objective.multi_topk, objective.batch_topk)
-    found = [_encode(sae, part, width, encoder, layout) for part in own.chunk(micro_batches)]
+    found = [encode(sae, part, width, encoder, layout) for part in own.chunk(micro_batches)]
     values, indices = (torch.cat(column) for column in zip(*found, strict=True))
     # What is exchanged is what the gradients are made of: far less than the gradients. And as every process makes them
     # of all tokens, they are those of a process alone.
     all_values, all_indices = layout.gather_tokens(values), layout.gather_tokens(indices)
     pool = layout.sum_over_latents(all_values) if objective.batch_topk else None
 
-    def term(k: int, weight: float) -> tuple[PairTerms, Tensor, Tensor]:
-        """The pairs of all tokens, |e|^2 / variance, and e [m, d] of this process's tokens."""
+    def term(k: int, weight: float) -> tuple[PairTerms, Tensor]:
+        """The pairs of all tokens, and their FVU."""
         least = None if pool is None else least_kept(pool, k)
         kept = keep(values, k, least)
         columns = kept.shape[1]
-        x_hat = layout.decode(kept, indices[:, :columns], sae.W_dec, sae.b_dec)
-        error = own - x_hat
-        all_errors = layout.gather_tokens(error)
-        fvu = all_errors.square().sum() / variance
-        grad = all_errors * (-2 * weight / variance)
-        return PairTerms(keep(all_values, k, least), all_indices[:, :columns], grad), fvu, error
+        latents = (kept, indices[:, :columns], sae.W_dec, sae.b_dec)
+        scale = -2 * weight / variance
+        if layout.latents_size > 1:
+            error = own - layout.decode(*latents)
+            grad, squares = error * scale, error.square().sum(1)
+        else:
+            grad, squares = ops.decode_error(*latents, own, scale)
+        fvu = layout.gather_tokens(squares).sum() / variance
+        all_grads = layout.gather_tokens(grad)
+        return PairTerms(keep(all_values, k, least), all_indices[:, :columns], all_grads), fvu
 
-    main, fvu, error = term(objective.k, 1.0)
+    main, fvu = term(objective.k, 1.0)
     terms, loss = [main], fvu
     if objective.multi_topk:
-        multi, multi_fvu, _ = term(4 * objective.k, 1 / 8)
+        multi, multi_fvu = term(4 * objective.k, 1 / 8)
         terms.append(multi)
         loss = loss + multi_fvu / 8
     auxk, dense = x.new_zeros(()), None
     if candidates is not None and dead is not None and objective.auxk_alpha and x.shape[1] > 1:
         alpha = objective.auxk_alpha
-        auxk, dense = auxk_gradient(sae, own, error, dead, candidates, alpha, variance, micro_batches, layout)
+        fvu_grad = layout.rows_of(main.grad_x_hat)
+        auxk, dense = auxk_gradient(sae, own, fvu_grad, dead, candidates, alpha, variance, micro_batches, layout)
         loss = loss + alpha * auxk
+    taught = None
+    if supervised is not None:
+        taught, terms[0], dense = supervised_gradient(sae, x, objective.k, supervised, main, dense, layout)
+        loss = loss + taught.loss
 
     sparse = collect(terms, x, sae.W_dec, sae.b_dec, dense)
     db_dec = sum(term.grad_x_hat.sum(0) for term in terms) - layout.sum_over_latents(sparse.db_enc @ sae.W_enc)
@@ -107,13 +121,13 @@ def batch_gradient(
     norm = torch.where((variance > 0) & variance.isfinite(), norm, torch.nan)
     hits = torch.zeros(len(sae.W_dec), dtype=torch.int64, device=x.device)
     hits.scatter_add_(0, main.indices.flatten().long(), (main.values > 0).flatten().long())
-    return BatchGradient(sparse, db_dec, norm, hits, loss, fvu, auxk, variance)
+    return BatchGradient(sparse, db_dec, norm, hits, loss, fvu, auxk, variance, taught)
 
 
 def auxk_gradient(
     sae: TopKSAE,
     x: Tensor,
-    error: Tensor,
+    fvu_grad: Tensor,
     dead: Tensor,
     candidates: Tensor,
     alpha: float,
@@ -121,8 +135,9 @@ def auxk_gradient(
     micro_batches: int = 1,
     layout: Layout = ALONE,
 ) -> tuple[Tensor, DenseRows]:
-    """AuxK of tokens x [M, d] with errors e [M, d] (0-d), and `alpha` times its gradient (SPEC 4.1).
+    """AuxK (0-d) of tokens x [M, d] with errors e [M, d], and `alpha` times its gradient (SPEC 4.1).
 
+    `fvu_grad` [M, d] is -2 e / variance, that of FVU with respect to x_hat.
     The latents that are `dead` [C] bool among `candidates` [C] take part as a dense product, the tokens in at least
     `micro_batches` parts; what is not dead among them is as if it had no activation, so that the shapes do not depend
     on how many are dead.
@@ -134,11 +149,11 @@ def auxk_gradient(
     squares = x.new_zeros(())
     most = -(-sae.num_latents // layout.latents_size) * len(x) * x.element_size()
     parts = max(micro_batches, -(-most // AUXK_BYTES))
-    for tokens, e in zip(x.chunk(parts), error.chunk(parts), strict=True):
+    for tokens, part in zip(x.chunk(parts), fvu_grad.chunk(parts), strict=True):
         centred = tokens - sae.b_dec
         z = torch.where(dead, torch.relu(centred @ W_enc.T + b_enc), 0)
         z = layout.keep_largest(z, half)
-        difference = layout.sum_over_latents(z @ W_dec) - e
+        difference = layout.sum_over_latents(z @ W_dec) + part * (variance / 2)
         squares += difference.square().sum()
         grad = difference * (2 * alpha * scale)
         d_z = torch.where(z > 0, grad @ W_dec.T, 0)
@@ -149,7 +164,7 @@ def auxk_gradient(
     return scale * layout.sum_over_data(squares), DenseRows(candidates, *rows)
 
 
-def _encode(sae: TopKSAE, x: Tensor, k: int, encoder: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+def encode(sae: TopKSAE, x: Tensor, k: int, encoder: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
     """The k largest latents of all, as (values in x's dtype, indices); 0 at those that other processes hold."""
     W_enc = sae.W_enc if encoder is None else encoder
     own = min(k, len(W_enc))

@@ -1,11 +1,11 @@
-"""Training one SAE without supervision (SPEC 4.1)."""
+"""Training one SAE, without supervision unless a batch has labels (SPEC 4.1)."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,11 +25,13 @@ from saemnesia_fast.training.checkpoint import (
 )
 from saemnesia_fast.training.config import TrainConfig
 from saemnesia_fast.training.eight_bit import EightBitAdam
+from saemnesia_fast.training.labelled import LabelledImages
 from saemnesia_fast.training.layout import ALONE, Layout
 from saemnesia_fast.training.loss import total_variance
 from saemnesia_fast.training.metrics import MetricsLog, open_logs
 from saemnesia_fast.training.optim import Adam, clip_scale, geometric_median, learning_rate, scheduled_k
 from saemnesia_fast.training.step import Objective, batch_gradient
+from saemnesia_fast.training.supervised_loss import Supervised, Supervision
 
 logger = logging.getLogger("saemnesia_fast")
 CHECKPOINTS = "checkpoints"
@@ -61,13 +63,30 @@ class StepMetrics(NamedTuple):
     l0: Tensor
 
 
+class SupervisedStepMetrics(NamedTuple):
+    """Those of `StepMetrics`, and the terms of supervision (SPEC 4.2)."""
+
+    loss: Tensor
+    fvu: Tensor
+    auxk: Tensor
+    dead: Tensor
+    l0: Tensor
+    concepts: Tensor
+    correlation: Tensor
+    l1: Tensor
+
+
+Metrics = StepMetrics | SupervisedStepMetrics
+
+
 class Trainer:
     """Trains an SAE on batches from `data`.
 
     Each step: the gradient of the batch's loss (`step`), clipped to a norm, less the part of W_dec's that is parallel
     to its rows, into Adam, and the rows back to unit norm. A new SAE is made from the first batch, whose geometric
     median becomes b_dec; a given one is trained in place, with its own N and k, unless a checkpoint is resumed. Weights
-    are float32, or float64 where a given SAE is. `newest` is the last step whose checkpoint may be resumed.
+    are float32, or float64 where a given SAE is. `newest` is the last step whose checkpoint may be resumed. With
+    `supervision` a batch may be labelled images, to whose loss that adds its terms (SPEC 4.2).
 
     On a GPU the host waits for the device every `log_every` steps: to read the metrics, and to find out which latents
     may be dead in the next ones. Whether a batch could be trained on is decided there: one that could not changes
@@ -84,10 +103,14 @@ class Trainer:
         sae: TopKSAE | None = None,
         layout: Layout = ALONE,
         newest: int | None = None,
+        supervision: Supervision | None = None,
     ) -> None:
         self.config = config
         self.data = data
         self.layout = layout
+        self.supervision = supervision
+        self.extra: dict[str, Any] = {}
+        """Plain JSON of the caller's for checkpoints, from which it is restored, and for the record of the run."""
         if config.moments == "8bit" and layout.latents_size > 1:
             raise ValueError("moments: expected float32 or bfloat16 where processes share the latents, got 8bit")
         self.device = layout.device or config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,29 +149,34 @@ class Trainer:
             stack.callback(log.close)
         self._started = time.monotonic() - self.seconds
 
-    def advance(self, batch: Tensor) -> dict[str, float]:
+    def advance(self, batch: Tensor | LabelledImages) -> dict[str, float]:
         """`train_step`, with the logging and the checkpoint that are due; the numbers that were logged."""
         metrics = self.train_step(batch)
         self.seconds = time.monotonic() - self._started
         numbers: dict[str, float] = {}
         if self.step % self.config.log_every == 0 or self.step == self.steps:
             numbers = self._numbers(None if self.step - 1 in self.check() else metrics)
-            for log in self._logs:
-                log.write(numbers)
+            self.log(numbers)
         every = self.config.checkpoint_every
         if every and self.step % every == 0 and self.step < self.steps:
             self.save_checkpoint()
         return numbers
 
+    def log(self, numbers: Mapping[str, float]) -> None:
+        """Write a line of the present step to metrics.jsonl and wherever else."""
+        for log in self._logs:
+            log.write({"step": self.step} | dict(numbers))
+
     @torch.no_grad()
-    def train_step(self, batch: Tensor) -> StepMetrics | None:
-        """One step on tokens [M, d]; ValueError where they do not match the SAE.
+    def train_step(self, batch: Tensor | LabelledImages) -> Metrics | None:
+        """One step on tokens [M, d], or on images, whose labels supervision takes; ValueError where they do not fit.
 
         A batch that cannot be trained on takes the step and changes nothing, see `check`: on the CPU and for a new SAE
         this is known at once, and None is returned.
         """
         config = self.config
-        x = self._prepare(batch)
+        x = self._prepare(batch if isinstance(batch, Tensor) else batch.tokens)
+        supervised = None if isinstance(batch, Tensor) else self._supervised(batch)
         step, tokens = self.step, len(x)
         self.step += 1
         self.tokens += tokens
@@ -170,6 +198,7 @@ class Trainer:
             encoder=adam.encoder,
             collect=adam.collect,
             layout=self.layout,
+            supervised=supervised,
         )
         accepted = gradient.norm.isfinite()
         adam.step(gradient, step + 1, self._learning_rate(step), clip_scale(gradient.norm, config.clip_norm))
@@ -180,7 +209,18 @@ class Trainer:
         if x.device.type == "cpu" and step in self.check():
             return None
         firings = self.layout.sum_over_latents(gradient.hits.sum())
-        return StepMetrics(gradient.loss, gradient.fvu, gradient.auxk, num_dead, firings / tokens)
+        metrics = StepMetrics(gradient.loss, gradient.fvu, gradient.auxk, num_dead, firings / tokens)
+        return metrics if gradient.taught is None else SupervisedStepMetrics(*metrics, *gradient.taught[1:])
+
+    def _supervised(self, images: LabelledImages) -> Supervised:
+        """The images' labels on the device, with what they are labels of."""
+        if self.supervision is None:
+            raise ValueError("data: expected tokens without labels, as the trainer has no supervision")
+        shape = (len(images.x), len(self.supervision.assignment))
+        if images.labels.shape != shape:
+            got = f"{list(images.labels.shape)} in batch {self.step}"
+            raise ValueError(f"labels: expected [B, C] = {list(shape)} to match the images and the concepts, got {got}")
+        return Supervised(self.supervision, images.labels.to(self.device, torch.bool))
 
     def check(self) -> set[int]:
         """Read which steps since the last call had batches that could not be trained on, counting from 0.
@@ -202,8 +242,11 @@ class Trainer:
             self.skipped += 1
         return refused
 
-    def save_checkpoint(self) -> None:
-        """Write all that `resume` needs to out_dir; does nothing without one, or before the first SAE."""
+    def save_checkpoint(self, rating: float | None = None) -> None:
+        """Write all that `resume` needs to out_dir; does nothing without one, or before the first SAE.
+
+        With supervision the best checkpoint is that of the lowest `rating`, not of the lowest FVU.
+        """
         if self.folder is None or self.sae is None:
             return
         self.check()
@@ -216,7 +259,10 @@ class Trainer:
             "data": self.data.state_dict(),
             "recipe": self._recipe(),
             "sae": self.sae.cfg.to_dict(),
+            "extra": self.extra,
         }
+        if self.supervision is not None:
+            state["rating"] = rating
         counters = {"tokens_since_fired": self.activity.tokens_since_fired, "firings": self.activity.firings}
         checkpoint = Checkpoint(self.sae.state_dict(), self._adam.state_dict(), counters, torch.get_rng_state(), state)
         save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.config.keep_checkpoints, self.layout)
@@ -258,6 +304,7 @@ class Trainer:
         self.activity.firings = saved.counters["firings"]
         for name in ("step", "tokens", "skipped", "seconds"):
             setattr(self, name, saved.state[name])
+        self.extra = saved.state.get("extra", {})
         self._saved_step = self.step
         self.data.load_state_dict(saved.state["data"])
         torch.set_rng_state(saved.rng)
@@ -291,7 +338,12 @@ class Trainer:
         else:
             self._adam = Adam(sae, config.adam_eps, _short(config.moments), encoder)
         self.activity = LatentActivity(
-            sae.num_latents, config.dead_after, self.device, self.layout, steps_ahead=config.log_every
+            sae.num_latents,
+            config.dead_after,
+            self.device,
+            self.layout,
+            config.log_every,
+            None if self.supervision is None else self.supervision.latents,
         )
         return sae
 
@@ -304,10 +356,14 @@ class Trainer:
         return batch.to(self.device, torch.float32 if self.sae is None else self.sae.W_dec.dtype)
 
     def _learning_rate(self, step: int) -> float:
-        return learning_rate(step, self.steps, self.config.lr, self.config.warmup_steps)
+        config = self.config
+        if config.lr_schedule == "constant" and step >= config.warmup_steps:
+            return config.lr
+        return learning_rate(step, self.steps, config.lr, config.warmup_steps)
 
     def _recipe(self) -> dict[str, Any]:
-        return self.config.recipe() | {"steps": self.steps}
+        recipe = self.config.recipe() | {"steps": self.steps}
+        return recipe if self.supervision is None else recipe | {"assignment": self.supervision.assignment}
 
     def _open_logs(self) -> list[MetricsLog]:
         if self.folder is None or not self.layout.writes:
@@ -317,7 +373,7 @@ class Trainer:
             remove_leftovers(folder)
         return open_logs(self.folder, self.config.log_to, self._recipe(), self.step)
 
-    def _numbers(self, metrics: StepMetrics | None) -> dict[str, float]:
+    def _numbers(self, metrics: Metrics | None) -> dict[str, float]:
         """A line of metrics.jsonl; lr is the rate that the step used. A skipped step has neither."""
         numbers: dict[str, float] = {"step": self.step}
         if metrics is not None:
@@ -337,7 +393,7 @@ class Trainer:
             if self.folder is not None and self.layout.writes:
                 sae.save_pretrained(self.folder)
                 summary = {"recipe": self._recipe(), "tokens": self.tokens, "skipped": self.skipped}
-                summary |= {"seconds": round(self.seconds, 3), "latents": latents}
+                summary |= {"seconds": round(self.seconds, 3), "latents": latents} | self.extra
                 write_json(self.folder / "training.json", summary)
         return sae
 

@@ -22,6 +22,12 @@ def prompt_for(object_name: str, style: str | None = None) -> str:
     return f"An image of {object_name}{ending}."
 
 
+def prompt_concepts() -> dict[str, tuple[str, ...]]:
+    """{prompt: its object and, where it has one, its style} of all `prompts`."""
+    plain = {prompt_for(name): (name,) for name in OBJECTS}
+    return plain | {prompt_for(name, style): (name, style) for style in STYLES for name in OBJECTS}
+
+
 def prompts() -> list[str]:
     """All 1020: every object without a style, then in each of the styles, the object changing fastest."""
     return [prompt_for(name, style) for style in (None, *STYLES) for name in OBJECTS]
