@@ -3,7 +3,8 @@
 A UNet that does nothing but call its `time_proj` and one block that has its output ready; behind `erase`, and once
 behind the lookup of the step's line too, stands an implementation that returns at once. What is left is hooks, checks
 and dispatch. On a GPU nothing waits for the device, so this is the time to launch. Where there is no GPU, that is told
-by Triton's launches with a driver that does nothing: all that the host does, but for the driver's own share.
+by Triton's launches with a driver that does nothing: all that the host does, but for the driver's own share. A pipeline
+verifies its erasure once per picture, a bare UNet in every call.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ def contest(case: Case, device: str) -> Contest:
         unet = _unet(sample)
         return lambda: unet(sample, timestep)[0]
 
-    def erased(on_host: bool | None = None) -> Callable[[], Tensor]:
+    def erased(on_host: bool | None = None, bare: bool = False) -> Callable[[], Tensor]:
         unet = _unet(sample)
-        erasure = _apply(unet, case, device)
+        erasure = _apply(unet if bare else Pipeline(unet), case, device)
         unet(sample, timestep)
         for point in erasure._points.values():
             point.tables._on_host = point.tables._on_host if on_host is None else on_host
@@ -57,8 +58,11 @@ def contest(case: Case, device: str) -> Contest:
         Provider("ours, hooks and lookup", erased, context=partial(_stubbed, ("erase",), device)),
     ]
     if device == "cpu":
-        launched = Provider("ours, Triton without a device", partial(erased, on_host=False), context=no_device)
-        providers.append(launched)
+        launched = partial(erased, on_host=False)
+        providers += [
+            Provider("ours, Triton without a device", launched, context=no_device),
+            Provider("ours, that in a bare UNet", partial(launched, bare=True), context=no_device),
+        ]
     return Contest(case, work(case), providers, lambda out: (out - sample).abs().flatten(), 0.0, BASELINE)
 
 
@@ -120,7 +124,17 @@ def _unet(sample: Tensor) -> nn.Module:
     return UNet().to(sample.device)
 
 
-def _apply(unet: nn.Module, case: Case, device: str) -> Any:
+class Pipeline:
+    """What an erasure wants to know of one."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.unet = unet
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+
+def _apply(pipe: Any, case: Case, device: str) -> Any:
     from saemnesia_fast import ConceptTable, apply_erasure
 
     sae = TopKSAE.init(case.d, case.N, case.k, device=device)
@@ -132,4 +146,4 @@ def _apply(unet: nn.Module, case: Case, device: str) -> Any:
         hook_point=HOOK_POINT,
         sae_hash=sae.content_hash(),
     )
-    return apply_erasure(unet, sae, table, "erased", num_latents=2)
+    return apply_erasure(pipe, sae, table, "erased", num_latents=2)

@@ -20,8 +20,8 @@ from saemnesia_fast.ops.workspace import Workspace  # noqa: E402
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 KERNELS = ["steering_lines_kernel", "probe_kernel", "rank_kernel", "erase_kernel"]
 GRID = slice(1, 4)
-METADATA = 7
-"""For profilers, new in each launch."""
+FOR_PROFILERS = (7, 8, 9)
+"""Metadata and two hooks, after name, grid, stream, function and packed metadata."""
 
 
 class Block(Transformer2DModel):
@@ -97,7 +97,7 @@ def test_a_repeated_call_differs_from_the_first_in_activation_timestep_and_count
         for before, now in zip(addresses(first), again, strict=True):
             assert len(before) == len(now)
             for at, (old, new) in enumerate(zip(before, now, strict=True)):
-                if at != METADATA and moved.get(old, old) != new:
+                if at not in FOR_PROFILERS and moved.get(old, old) != new:
                     counters.add((old, new))
         assert len(counters) == 1  # one and the same in all three kernels
         assert counters.pop()[1] % 16 == 0
@@ -159,6 +159,20 @@ def test_another_precision_of_products_is_launched_anew(scene: Scene) -> None:
         assert was_repeated(scene.call(*plain))
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_a_profiler_is_told_of_every_launch(scene: Scene) -> None:
+    from triton import knobs
+
+    plain = (scene.tokens(), torch.tensor(501))
+    scene.call(*plain)
+    assert was_repeated(scene.call(*plain))
+    knobs.runtime.launch_enter_hook.add(print)
+    try:
+        assert not was_repeated(scene.call(*plain))
+    finally:
+        knobs.runtime.launch_enter_hook.remove(print)
+    assert was_repeated(scene.call(*plain))
 
 
 def test_new_concepts_and_strengths_are_repeated(scene: Scene) -> None:

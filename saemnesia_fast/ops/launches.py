@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -17,9 +17,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 class Kept(NamedTuple):
     run: Callable[..., Any]
-    """Of the compiled kernel and its grid."""
+    """Of the compiled kernel."""
     arguments: list[Any]
-    """All of the kernel's, compile-time ones included; tensors by their addresses."""
+    """Grid, stream, function, metadata, no hooks, and all of the kernel's, compile-time ones included; tensors by their
+    addresses."""
     varying: list[tuple[int, int]]
     """(position among the arguments, which of the varying tensors)."""
 
@@ -31,7 +32,8 @@ class Launches:
     launches answers for all of these being the same. Tensors that do not vary are kept alive.
     """
 
-    def __init__(self, varying: Sequence[Tensor]) -> None:
+    def __init__(self, varying: Sequence[Tensor], stream: int) -> None:
+        self._stream = stream
         self.counter: Tensor | None = None
         """One more that varies: a zero, to count in."""
         self.scratch: list[Any] = []
@@ -54,26 +56,36 @@ class Launches:
             self._interpreted = True
             return
         own = {name: value for name, value in options.items() if name in kernel.arg_names}
-        everything = list(inspect.signature(kernel.fn).bind(*arguments, **own).arguments.values())
-        counter = () if self.counter is None else (self.counter.data_ptr(),)
-        addresses = (*self._varying, *counter)
+        everything = inspect.signature(kernel.fn).bind(*arguments, **own).arguments.values()
+        metadata_and_hooks = (compiled.packed_metadata, None, None, None)
+        taken = [*(*grid, 1, 1)[:3], self._stream, compiled.function, *metadata_and_hooks, *everything]
         varying = []
-        for at, one in enumerate(everything):
-            if not isinstance(one, Tensor):
-                continue
-            everything[at] = one.data_ptr()
-            if everything[at] in addresses:
-                varying.append((at, addresses.index(everything[at])))
-            else:
-                self._held.append(one)
-        self._kept.append(Kept(compiled[(*grid, 1, 1)[:3]], everything, varying))
+        for at, one in enumerate(taken):
+            if isinstance(one, Tensor):
+                taken[at] = address = one.data_ptr()
+                which = self._which(address)
+                if which is None:
+                    self._held.append(one)
+                else:
+                    varying.append((at, which))
+        self._kept.append(Kept(compiled.run, taken, varying))
+
+    def _which(self, address: int) -> int | None:
+        """The varying tensor of that address, the counter after the others."""
+        counter = [] if self.counter is None else [self.counter.data_ptr()]
+        addresses = self._varying + counter
+        return addresses.index(address) if address in addresses else None
 
     def repeat(self, varying: Sequence[Tensor]) -> None:
-        """On the current stream of the current device, which is that of `varying`, the counter last if there is one."""
+        """The counter comes last among `varying` if there is one. The stream's device is current."""
         addresses = [tensor.data_ptr() for tensor in varying]
-        device = varying[0].get_device()
-        stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else None
         for run, arguments, places in self._kept:
             for at, which in places:
                 arguments[at] = addresses[which]
-            run(*arguments, stream=stream)
+            run(*arguments)
+
+
+def observed() -> bool:
+    """Whether Triton is to tell somebody of each launch, such as a profiler: it does not of repeated ones."""
+    runtime = sys.modules["triton"].knobs.runtime
+    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))

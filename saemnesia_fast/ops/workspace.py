@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launches import Launches, launch
+from .launches import Launches, launch, observed
 
 COUNTERS = 64
 """Zeros that one launch fills, for as many calls."""
@@ -73,7 +73,7 @@ class Workspace:
         if key is None:
             yield
             return
-        self._recording = recording = Launches(varying)
+        self._recording = recording = Launches(varying, stream=key[0][1])
         try:
             yield
         finally:
@@ -89,9 +89,9 @@ class Workspace:
     def repeat(self, how: object, *varying: Tensor) -> bool:
         """Make the launches that were recorded, if `how` is what it was then, which is all else that they depend on.
 
-        False if there are none for tensors on this device, stream and as well aligned.
+        False if there are none for tensors on this device, stream and as well aligned, or if launches are observed.
         """
-        if self._repeat is None or self._repeat[0] != _key(how, varying):
+        if self._repeat is None or self._repeat[0] != _key(how, varying) or observed():
             return False
         launches = self._repeat[1]
         launches.repeat(varying if launches.counter is None else (*varying, self.zero(varying[0])))
@@ -125,8 +125,8 @@ def _where(x: Tensor) -> tuple[int, int] | None:
     return device, torch._C._cuda_getCurrentRawStream(device)
 
 
-def _key(how: object, varying: tuple[Tensor, ...]) -> object:
-    """What launches depend on; None if they must not be repeated."""
+def _key(how: object, varying: tuple[Tensor, ...]) -> tuple[tuple[int, int], Any, Any, Any] | None:
+    """What launches depend on, device and stream first; None if they must not be repeated."""
     where = _where(varying[0])
     if how is None or where is None or (where[0] >= 0 and where[0] != torch._C._cuda_getDevice()):
         return None
