@@ -20,6 +20,7 @@ DEMO_BACKENDS = RESULTS / "demo_backends.json"
 OPS = RESULTS / "ops.csv"
 TRAIN_STEP = RESULTS / "train_step.csv"
 MINICANVAS_SAE = RESULTS / "minicanvas_sae.json"
+SUPERVISED_STEP = RESULTS / "supervised_step.json"
 PLOT = RESULTS / "ops.png"
 BUDGETS = ROOT / "tests" / "budgets.json"
 NOT_YET = "Not measured yet."
@@ -27,19 +28,28 @@ RECORD = ROOT / "saemnesia_fast" / "minicanvas" / "weights" / "record.json"
 
 
 def erasure_table() -> str:
-    """Mean scores of every concept of MiniCanvas, each erased alone."""
+    """Mean scores of every concept of MiniCanvas, each erased alone, by every method."""
     report = _read(EVALUATION)
+    names = ("UA", "IRA", "CRA", "debris")
     lines = [
-        "| erased, one at a time | UA | IRA | CRA | debris |",
-        "|---|---|---|---|---|",
+        "| erased, one at a time | by | UA | IRA | CRA | debris | FID |",
+        "|---|---|---|---|---|---|---|",
     ]
     for kind in ("object", "style"):
-        mean = report[kind]["mean"]
-        count = len(report[kind]["concepts"])
-        scores = " | ".join(f"{mean[name]:.1f}" for name in ("UA", "IRA", "CRA", "debris"))
-        lines.append(f"| {count} {kind}s | {scores} |")
-    lines += ["", f"Percent, means over the concepts, {report['images_per_concept']} pictures each; {_device(report)}."]
+        for method, groups in report["protocols"]["single"].items():
+            group = groups[kind]
+            scores = " | ".join(_score(group["scores"][name]) for name in names)
+            lines.append(f"| {len(group['cases'])} {kind}s | {method} | {scores} | {group['fid']:.2f} |")
+    seeds, pictures = len(report["seeds"]), report["pictures_per_seed"]
+    count = f"{seeds} seeds of {pictures} pictures" if seeds > 1 else f"{pictures} pictures"
+    interval = ", ± half the 95 % t-interval over the seeds" if seeds > 1 else ""
+    lines += ["", f"Percent, means over the concepts, {count} for each{interval}; {_device(report)}."]
     return "\n".join(lines)
+
+
+def _score(score: dict[str, float | None]) -> str:
+    width = score["plus_minus"]
+    return f"{score['mean']:.1f}" + (f" ± {width:.1f}" if width is not None else "")
 
 
 def demo_time() -> str:
@@ -165,6 +175,23 @@ def minicanvas_sae() -> str:
     return "\n".join([*lines, "", f"{report['steps']} steps of {report['tokens_a_step']} tokens; {where}."])
 
 
+def supervised_step() -> str:
+    """What supervision adds to a training step."""
+    if not SUPERVISED_STEP.exists():
+        return NOT_YET
+    report = _read(SUPERVISED_STEP)
+    lines = ["| step | ms (p20-p80) | extra, median of pairs |", "|---|---|---|"]
+    for way, found in report["ways"].items():
+        middle, low, high = (f"{found[f'p{percent}_ms']:.3g}" for percent in (50, 20, 80))
+        extra = f"{found['extra_percent']:+.1f} %" if found["extra_percent"] else ""
+        lines.append(f"| {way} | {middle} ({low}-{high}) | {extra} |")
+    size = report["size"]
+    concepts = f"{size['objects']} objects and {size['styles']} styles"
+    batch = f"{size['images']} images of {size['tokens']} tokens, d = {size['d']}, N = {size['num_latents']}"
+    where = f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['commit']}"
+    return "\n".join([*lines, "", f"{batch}, k = {size['k']}, {concepts}; {report['rounds']} rounds; {where}."])
+
+
 def aot_table() -> str:
     """What every kernel takes on every architecture, as its budget says."""
     rows: dict[str, dict[str, str]] = {}
@@ -190,7 +217,11 @@ FIGURES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"erasure-table": erasure_table, "demo-time": demo_time, "training-record": training_record},
     "CHANGELOG.md": {"demo-backends": demo_backends},
     "docs/kernels.md": {"aot-table": aot_table, "cpu-ops": cpu_ops},
-    "docs/training.md": {"train-step": train_step, "minicanvas-sae": minicanvas_sae},
+    "docs/training.md": {
+        "train-step": train_step,
+        "minicanvas-sae": minicanvas_sae,
+        "supervised-step": supervised_step,
+    },
 }
 """{file: {marker: what stands there}}."""
 

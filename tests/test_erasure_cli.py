@@ -42,6 +42,22 @@ def test_images_are_those_of_apply_erasure(saved):
                 assert np.array_equal(np.asarray(written), np.asarray(expected))
 
 
+def test_stored_settings_come_before_what_is_given(saved):
+    pipe, sae, folder = saved
+    table = ConceptTable.load(folder / "table")
+    table.settings = {"cat": {"strength": -40.0, "num_latents": 12, "scale": "constant"}}
+    table.save(folder / "table")
+    main(
+        arguments(
+            folder, "--sae-subfolder", HOOK_POINT, "--concept", "cat", "--prompt", "a cat", "--stored", "--steps", "2"
+        )
+    )
+    with apply_erasure(pipe, sae, table, "cat", -40.0, num_latents=12, scale="constant"):
+        (expected,) = generate(pipe, "a cat", seed=0, num_inference_steps=2, guidance_scale=7.5, output_type="pil")
+    with Image.open(folder / "out" / "000.png") as written:
+        assert np.array_equal(np.asarray(written), np.asarray(expected))
+
+
 def test_an_unknown_concept_ends_with_one_line(saved, capsys):
     _, _, folder = saved
     with pytest.raises(SystemExit) as stopped:

@@ -34,8 +34,9 @@ class Erase:
     """Commit or tag of the SAE's repository."""
     strength: float = -5.0
     """Gamma: negative erases, more negative erases more strongly."""
-    mode: Literal["exact", "released", "reconstruct"] = "exact"
-    """The papers' formula; the public code's, which flips the reconstruction error; or the reconstruction alone."""
+    mode: Literal["exact", "released", "reconstruct", "replace"] = "exact"
+    """The papers' formula; the public code's, which flips the reconstruction error; the reconstruction alone; or tokens
+    of the concept overwritten by their nearest others, which needs no strength."""
     halves: Literal["both", "cond"] = "both"
     """Halves of the guided batch to steer."""
     start: float = 0.0
@@ -46,6 +47,8 @@ class Erase:
     """Latents a concept and step; the assigned one, or the best one, if not given."""
     percentile: float | None = None
     """Instead of a number: latents with a score above this percentile."""
+    stored: bool = False
+    """Strength, latents and scale of each concept as `sweep` left them in the table, whatever is given here."""
     scale: Literal["mean", "constant", "norm"] = "mean"
     """What multiplies the strength: the concept's mean activation, nothing, or the norm of the token's latents."""
     stream: Literal["output", "residual"] = "output"
@@ -80,21 +83,21 @@ class Erase:
             self.sae, subfolder=self.sae_subfolder, revision=self.sae_revision, device=device, dtype=torch.float32
         )
         pipe = load_pipeline(self.model, self.revision, device, self.dtype)
+        chosen = {name: getattr(self, name) for name in ("strength", "num_latents", "percentile", "scale")}
+        if self.stored:
+            chosen |= {"percentile": None} | table.stored(self.concept)
         erasure = apply_erasure(
             pipe,
             sae,
             table,
             self.concept,
-            self.strength,
-            self.mode,
-            self.halves,
-            self.start,
-            self.stop,
-            num_latents=self.num_latents,
-            percentile=self.percentile,
-            scale=self.scale,
+            mode=self.mode,
+            halves=self.halves,
+            start=self.start,
+            stop=self.stop,
             stream=self.stream,
             precision=self.precision,
+            **chosen,
         )
         self.out.mkdir(parents=True, exist_ok=True)
         with erasure:

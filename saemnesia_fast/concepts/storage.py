@@ -22,6 +22,7 @@ from saemnesia_fast.files import load_tensors, read_json, read_metadata, save_te
 TENSOR_FILE, METADATA_FILE = "concepts.safetensors", "concepts.json"
 FORMAT_VERSION = 1
 _KEYS = ("concepts", "kinds", "hook_point", "sae_hash", "model_id", "sampler")
+_OPTIONAL = ("settings",)
 
 
 def save_table(
@@ -51,7 +52,8 @@ def load_table(path: str | PathLike[str]) -> tuple[Tensor, Tensor, Tensor, dict[
         raise ValueError(f"{TENSOR_FILE} and {METADATA_FILE} in {folder} were not written together")
     tensors = load_tensors(folder / TENSOR_FILE)
     mu = _unpack(tensors, metadata["shape"]).float() * tensors["mu_scale"]
-    return mu, tensors["timesteps"], tensors["assignment"], {key: metadata[key] for key in _KEYS}
+    present = {key: metadata[key] for key in (*_KEYS, *_OPTIONAL) if key in metadata}
+    return mu, tensors["timesteps"], tensors["assignment"], present
 
 
 def _power_of_two(largest: float) -> float:

@@ -45,6 +45,8 @@ class ConceptTable:
     """How the images were sampled: scheduler, num_inference_steps, guidance_scale, seed, stream."""
     assignment: dict[str, int] = field(default_factory=dict)
     """The one latent of a concept, where it has one (SPEC 4.2)."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What `saemnesia-fast sweep` found best: {concept: {"strength", "num_latents", "scale", ...}}; see `stored`."""
 
     def __post_init__(self) -> None:
         self.mu = self.mu.to("cpu", torch.float32)
@@ -74,6 +76,7 @@ class ConceptTable:
 
     def _check_assignment(self) -> None:
         self._rows(self.assignment)
+        self._rows(self.settings)
         latents = list(self.assignment.values())
         if len(set(latents)) != len(latents) or any(not 0 <= i < self.num_latents for i in latents):
             raise ValueError(f"assignment: expected different latents in [0, N={self.num_latents}), got {latents}")
@@ -118,7 +121,7 @@ class ConceptTable:
         self,
         concepts: str | Iterable[str],
         strength: float | Mapping[str, float] = -5.0,
-        num_latents: int | None = None,
+        num_latents: int | Mapping[str, int | None] | None = None,
         percentile: float | None = None,
         scale: str = "mean",
         reselect: bool = False,
@@ -134,7 +137,8 @@ class ConceptTable:
         Args:
             concepts: names, at least one.
             strength: gamma, for all or {concept: gamma}. Negative erases; any finite number is allowed.
-            num_latents: select the best so many of each step, equal scores to the lowest index.
+            num_latents: select the best so many of each step, equal scores to the lowest index; for all or
+                {concept: number}, None or no entry for the default.
             percentile: select the scores strictly above this percentile of the N scores of each step; 0 <= p < 100.
             scale: a factor is strength * mu ("mean"), strength ("constant") or strength / ||d_i|| ("norm").
             reselect: take the best latent of each step even where one is assigned, as SAEmnesia's released code does.
@@ -148,12 +152,13 @@ class ConceptTable:
         if not rows:
             raise ValueError("concepts: expected at least one name, got none")
         strengths = self._strengths(strength, rows)
-        self._check_choice(num_latents, percentile, scale, decoder_norms)
+        numbers = self._numbers(num_latents, rows)
+        self._check_choice(numbers, percentile, scale, decoder_norms)
 
         scorer = Scorer(self.mu)
         board = ClaimBoard(len(self.timesteps), self.num_latents)
         for position, c in enumerate(rows):
-            mask = self._mask(c, scorer, num_latents, percentile, reselect)
+            mask = self._mask(c, scorer, numbers[position], percentile, reselect)
             if not mask.any():
                 raise ValueError(
                     f"concepts: {self.concepts[c]!r} selects no latent of {self.hook_point} at any timestep"
@@ -178,6 +183,23 @@ class ConceptTable:
             concepts=tuple(self.concepts[c] for c in rows),
             scale=scale,
         )
+
+    def stored(self, concepts: str | Iterable[str]) -> dict[str, Any]:
+        """The arguments of `select`, and of `apply_erasure`, that `settings` holds for these concepts.
+
+        Raises:
+            ValueError: a concept has none, or they differ in more than strength and number of latents.
+        """
+        names = [concepts] if isinstance(concepts, str) else list(concepts)
+        self._rows(names)
+        missing = [name for name in names if name not in self.settings]
+        if missing:
+            raise ValueError(f"concepts: expected those with stored settings, {list(self.settings)}, got {missing}")
+        shared = [{key: self.settings[name].get(key) for key in ("scale", "reselect")} for name in names]
+        if any(one != shared[0] for one in shared):
+            raise ValueError(f"concepts: expected stored settings of one scale, got {shared} for {names}")
+        by_name = {key: {name: self.settings[name].get(key) for name in names} for key in ("strength", "num_latents")}
+        return by_name | {key: value for key, value in shared[0].items() if value is not None}
 
     def _mask(
         self, c: int, scorer: Scorer, num_latents: int | None, percentile: float | None, reselect: bool
@@ -212,13 +234,20 @@ class ConceptTable:
             raise ValueError(f"strength: expected finite numbers, got {strength}")
         return strengths
 
+    def _numbers(self, num_latents: int | Mapping[str, int | None] | None, rows: Sequence[int]) -> list[int | None]:
+        if not isinstance(num_latents, Mapping):
+            return [num_latents] * len(rows)
+        self._rows(num_latents)
+        return [num_latents.get(self.concepts[c]) for c in rows]
+
     def _check_choice(
-        self, num_latents: int | None, percentile: float | None, scale: str, decoder_norms: Tensor | None
+        self, numbers: Sequence[int | None], percentile: float | None, scale: str, decoder_norms: Tensor | None
     ) -> None:
-        if num_latents is not None and percentile is not None:
-            raise ValueError(f"num_latents, percentile: expected at most one, got {num_latents} and {percentile}")
-        if num_latents is not None and not 1 <= num_latents <= self.num_latents:
-            raise ValueError(f"num_latents: expected 1 to N={self.num_latents}, got {num_latents}")
+        for number in numbers:
+            if number is not None and percentile is not None:
+                raise ValueError(f"num_latents, percentile: expected at most one, got {number} and {percentile}")
+            if number is not None and not 1 <= number <= self.num_latents:
+                raise ValueError(f"num_latents: expected 1 to N={self.num_latents}, got {number}")
         if percentile is not None and not 0 <= percentile < 100:
             raise ValueError(f"percentile: expected 0 <= p < 100, got {percentile}")
         if scale not in SCALES:
@@ -240,6 +269,7 @@ class ConceptTable:
             "sae_hash": self.sae_hash,
             "model_id": self.model_id,
             "sampler": self.sampler,
+            **({"settings": self.settings} if self.settings else {}),
         }
         assignment = torch.tensor([self.assignment.get(name, -1) for name in self.concepts])
         save_table(path, self.mu, self.timesteps, assignment, metadata)

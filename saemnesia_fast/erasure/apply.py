@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from saemnesia_fast.hookpoints import STREAMS, find_hook_point, get_time_proj, get_unet, normalize_hook_point
-from saemnesia_fast.ops.validation import check_mode, check_precision
+from saemnesia_fast.ops.validation import MODES as EDITS
+from saemnesia_fast.ops.validation import check_precision
 
 from .clock import Clock
 from .guard import guard_pipeline, guard_unet, tells_guidance
 from .handle import Erasure
 from .point import ErasurePoint
 from .report import Recorder
-from .selecting import Concepts, Selector, Strength, per_prompt
+from .selecting import Concepts, NumLatents, Selector, Strength, per_prompt
 from .tables import SteeringTables
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from saemnesia_fast.sae import TopKSAE
 
 HALVES = ("both", "cond")
+MODES = (*EDITS, "replace")
 NUM_TRAIN_TIMESTEPS = 1000
 
 logger = logging.getLogger("saemnesia_fast")
@@ -44,7 +46,7 @@ def apply_erasure(
     start: float = 0.0,
     stop: float = 1.0,
     *,
-    num_latents: int | None = None,
+    num_latents: NumLatents = None,
     percentile: float | None = None,
     scale: str = "mean",
     reselect: bool = False,
@@ -69,7 +71,8 @@ def apply_erasure(
         concepts: a name, names, or a list of names for each prompt of the batch, which may be empty. A prompt's images
             (`num_images_per_prompt`) share its list.
         strength: gamma, or {concept: gamma}; negative erases (SPEC 3.1).
-        mode: "exact", "released" or "reconstruct" (SPEC 3.2).
+        mode: "exact", "released" or "reconstruct" (SPEC 3.2), or "replace" (SPEC 3.8): tokens that "exact" would
+            steer are overwritten by their nearest other token in the image, whatever the strength and scale.
         halves: steer "both" halves of a guided batch or only the conditional one, "cond".
         start, stop: fractions of the denoising between which to steer, by the true timestep, both ends included.
         num_latents, percentile, scale, reselect: choice of latents and factors, see `ConceptTable.select`.
@@ -86,9 +89,8 @@ def apply_erasure(
             range.
         TypeError: `pipe` has no UNet, or `concepts` mixes names and lists.
     """
-    check_mode(mode)
     check_precision(precision)
-    for name, value, known in (("halves", halves, HALVES), ("stream", stream, STREAMS)):
+    for name, value, known in (("mode", mode, MODES), ("halves", halves, HALVES), ("stream", stream, STREAMS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
     if not 0 <= start < stop <= 1:

@@ -14,6 +14,7 @@ from saemnesia_fast.ops.workspace import Workspace, state_of
 from saemnesia_fast.sae import unit_norm_statistics
 
 from .clock import Counter
+from .replace import replace_tokens
 from .report import Recorder
 from .tables import SteeringTables
 
@@ -90,8 +91,8 @@ class ErasurePoint:
         self.workspace.clear()
         self._erase = backend.select("erase", device, self.workspace)
         self._repeats = backend.takes_workspace("erase", device)
-        needed = ["erase", "steering_lines"]
-        if self.recorder is not None:
+        needed = ["probe" if self.mode == "replace" else "erase", "steering_lines"]
+        if self.mode == "replace" or self.recorder is not None:
             self._probe = backend.select("probe", device)
             needed.append("probe")
         self.backends = [choice for choice in ops.backend_report(device) if choice.op in needed]
@@ -184,6 +185,8 @@ class ErasurePoint:
         if self.unit_norm:
             mean, std = unit_norm_statistics(tokens)
             given = (tokens - mean) / std
+        if self.mode == "replace":
+            return replace_tokens(tokens, self._detect(given, lines))
         if only_numbers(given):
             edited = self._erase(given, *self._arguments(self._weights, lines))
         else:
@@ -195,6 +198,13 @@ class ErasurePoint:
             return edited
         active = _per_image(lines.active, len(tokens))
         return torch.where(active[:, None, None, None], edited, tokens)
+
+    def _detect(self, tokens: Tensor, lines: ops.SteeringLines) -> Tensor:
+        """[B, H, W] bool: where mode "exact" would steer."""
+        entries = (lines.latents, lines.thresholds)
+        probe = self._probe if only_numbers(tokens) else torch.ops.saemnesia_fast.probe
+        weights = self.weights.in_order()[:3]
+        return probe(tokens, *weights, self.k, *entries, self.precision)[1].any(-1)
 
     @torch.compiler.disable
     def _record(self, recorder: Recorder, tokens: Tensor, lines: ops.SteeringLines, num_halves: int | None) -> None:

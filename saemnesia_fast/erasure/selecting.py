@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Concepts = str | Sequence[str] | Sequence[Sequence[str]]
 Strength = float | Mapping[str, float]
+NumLatents = int | Mapping[str, int | None] | None
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Selector:
     tables: Mapping[str, ConceptTable]
     decoder_norms: Mapping[str, Tensor]
     """[N] for each hook point, with scale="norm" only."""
-    num_latents: int | None
+    num_latents: NumLatents
     percentile: float | None
     scale: str
     reselect: bool

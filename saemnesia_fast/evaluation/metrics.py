@@ -1,13 +1,14 @@
-"""UA, IRA and CRA (SPEC 5.3), and the share of debris."""
+"""UA, IRA and CRA (SPEC 5.3), their averages, and the share of debris."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
 DEBRIS_BELOW = 0.6
+NAMES = ("UA", "IRA", "CRA", "retain", "average", "debris")
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,28 @@ class ErasureScores:
     UA: float
     """Unlearning accuracy: images that ask for an erased concept and in which another of its kind is recognised."""
     IRA: float
-    """In-domain retain accuracy: recognised concepts of the same kind among images that ask for no erased one."""
+    """In-domain retain accuracy: recognised concepts of the same kind among images that ask for no erased one.
+
+    Where concepts are erased in sequence, the RA of the never-erased.
+    """
     CRA: float
     """Cross-domain retain accuracy: recognised concepts of the other kind, on all images."""
     debris: float
     """Images that ask for an erased concept and whose best object probability is below 0.6: a broken shape."""
 
+    @property
+    def retain(self) -> float:
+        """Mean of IRA and CRA."""
+        return (self.IRA + self.CRA) / 2
+
+    @property
+    def average(self) -> float:
+        """Mean of UA, IRA and CRA."""
+        return (self.UA + self.IRA + self.CRA) / 3
+
     def as_dict(self) -> dict[str, float]:
-        """The scores by name, rounded to two digits."""
-        return {name: round(value, 2) for name, value in asdict(self).items()}
+        """The scores and their averages by name, rounded to two digits."""
+        return {name: round(getattr(self, name), 2) for name in NAMES}
 
 
 def erasure_scores(
@@ -40,15 +54,16 @@ def erasure_scores(
 ) -> ErasureScores:
     """Scores of erasing the concepts `erased` (class indices) of one kind.
 
-    wanted, recognised [n] int64 are the classes of that kind that the prompts ask for and that a classifier sees;
-    cross_wanted, cross_recognised [n] those of the other kind; object_confidence [n] is the classifier's best object
-    probability. Concepts of the other kind that are erased at the same time, `cross_erased`, do not count for CRA.
+    wanted, recognised [n] int64 are the classes of that kind that the prompts ask for (-1: none) and that a classifier
+    sees; cross_wanted, cross_recognised [n] those of the other kind; object_confidence [n] is the classifier's best
+    object probability. Concepts of the other kind that are erased at the same time, `cross_erased`, do not count for
+    CRA.
 
     Raises ValueError where no image asks for an erased concept, or none for a retained one.
     """
-    hit = _isin(wanted, erased)
-    retained = ~hit & ~_isin(cross_wanted, cross_erased)
-    cross = ~_isin(cross_wanted, cross_erased)
+    hit = among(wanted, erased)
+    cross = (cross_wanted >= 0) & ~among(cross_wanted, cross_erased)
+    retained = (wanted >= 0) & ~hit & ~among(cross_wanted, cross_erased)
     if not hit.any() or not retained.any() or not cross.any():
         raise ValueError("wanted: expected images of erased concepts and of retained ones, got only one of the two")
     return ErasureScores(
@@ -67,7 +82,8 @@ def mean_scores(scores: Sequence[ErasureScores]) -> ErasureScores:
     return ErasureScores(**means)
 
 
-def _isin(classes: Tensor, some: Collection[int]) -> Tensor:
+def among(classes: Tensor, some: Collection[int]) -> Tensor:
+    """[n] bool: whether a class is one of `some`."""
     found = classes.new_zeros(classes.shape).bool()
     for one in some:
         found |= classes == one

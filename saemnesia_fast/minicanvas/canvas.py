@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -14,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..concepts import ConceptTable
-from ..erasure import Erasure, apply_erasure
-from ..evaluation import ErasureScores, erasure_scores
+from ..erasure import Erasure
+from ..evaluation import ErasureScores, Judgement, Outcome, Setting, SparseErasure
 from ..files import read_json
 from ..sae import TopKSAE
 from .classifier import Judge, load_judge
@@ -23,6 +24,9 @@ from .drawing import OBJECTS, STYLES, prompt_for
 
 WEIGHTS = Path(__file__).parent / "weights"
 KINDS = {"object": OBJECTS, "style": STYLES}
+CELLS = 16
+"""Places of the classifiers' last convolution."""
+FIRST_SEED, SEEDS_APART = 5_000_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -49,20 +53,6 @@ def requests(per_combination: int, seed: int) -> list[Request]:
 
 
 @dataclass
-class Setting:
-    """How concepts of one kind are erased; the arguments of `apply_erasure`."""
-
-    strength: dict[str, float]
-    """Hook point -> gamma."""
-    num_latents: int
-    scale: str = "mean"
-    mode: str = "exact"
-    halves: str = "both"
-    start: float = 0.0
-    stop: float = 1.0
-
-
-@dataclass
 class MiniCanvas:
     """The benchmark, ready to paint and to erase."""
 
@@ -73,6 +63,12 @@ class MiniCanvas:
     settings: dict[str, Setting] = field(default_factory=dict)
     steps: int = 20
     guidance_scale: float = 3.0
+    per_combination: int = 1
+    """Pictures of every object in every style that belong to a seed."""
+
+    name: ClassVar[str] = "MiniCanvas"
+    classes: ClassVar[Mapping[str, Sequence[str]]] = KINDS
+    features: ClassVar[str] = "the last convolutions of MiniCanvas' two classifiers, averaged over the picture"
 
     @classmethod
     def load(cls, folder: Path = WEIGHTS) -> MiniCanvas:
@@ -80,18 +76,42 @@ class MiniCanvas:
 
         Raises FileNotFoundError where the folder is incomplete.
         """
-        settings = read_json(folder / "settings.json")
         pipe = StableDiffusionPipeline.from_pretrained(folder / "pipeline", dtype=torch.float32, safety_checker=None)
         pipe.set_progress_bar_config(disable=True)
-        canvas = cls(pipe, load_judge(folder), settings={kind: Setting(**one) for kind, one in settings.items()})
-        for name in sorted({point for one in canvas.settings.values() for point in one.strength}):
-            canvas.saes[name] = TopKSAE.from_pretrained(folder / "sae", subfolder=name, dtype=torch.float32)
-            canvas.tables[name] = ConceptTable.load(folder / "concepts" / name)
-        return canvas
+        return cls(pipe, load_judge(folder), *load_sparse(folder))
+
+    def described(self) -> dict[str, Any]:
+        """What pictures and judgements depend on, the weights by their hash."""
+        digest = sha256()
+        parts = (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder, self.judge)
+        for name, tensor in (item for part in parts for item in sorted(part.state_dict().items())):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return {
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "per_combination": self.per_combination,
+            "weights": digest.hexdigest()[:16],
+        }
+
+    def requests(self, seed: int) -> list[Request]:
+        """Every object in every style, `per_combination` times; up to 200 times no two of a hundred seeds share one."""
+        return requests(self.per_combination, FIRST_SEED + SEEDS_APART * seed)
 
     @torch.no_grad()
-    def paint(self, wanted: Sequence[Request], *, batch_size: int = 48, progress: str | None = None) -> Tensor:
-        """Runs the pipeline on every request. Returns [n, 3, 64, 64] float32 in [0, 1]."""
+    def paint(
+        self,
+        wanted: Sequence[Request],
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        batch_size: int = 48,
+        progress: str | None = None,
+    ) -> Tensor:
+        """Runs the pipeline on every request. Returns [n, 3, 64, 64] float32 in [0, 1].
+
+        `arguments` are further ones of the pipeline's calls, texts as they are for one prompt.
+        """
+        texts = {name: value for name, value in (arguments or {}).items() if isinstance(value, str)}
         images = []
         with tqdm(total=len(wanted), desc=progress, unit="image", disable=progress is None) as bar:
             for first in range(0, len(wanted), batch_size):
@@ -103,63 +123,41 @@ class MiniCanvas:
                         guidance_scale=self.guidance_scale,
                         generator=[torch.Generator().manual_seed(one.seed) for one in some],
                         output_type="pt",
+                        **{**(arguments or {}), **{name: [text] * len(some) for name, text in texts.items()}},
                     ).images
                 )
                 bar.update(len(some))
         return torch.cat(images)
 
+    def judged(self, images: Tensor) -> Judgement:
+        """Probabilities of objects and styles, and the features [n, 192] of both classifiers."""
+        objects, styles = self.judge.predict(images)
+        with torch.no_grad():
+            parts = [
+                [one.features(part) for one in (self.judge.object, self.judge.style)] for part in images.split(128)
+            ]
+        features = torch.cat([torch.cat(both, 1) for both in parts])
+        return Judgement({"object": objects, "style": styles}, features.unflatten(1, (-1, CELLS)).mean(2))
+
     @contextmanager
     def erased(self, concepts: Iterable[str], settings: Mapping[str, Setting] | None = None) -> Iterator[list[Erasure]]:
         """Erases objects and styles by name while the context is open, with the setting of each one's kind."""
-        settings = settings or self.settings
-        by_kind: dict[str, list[str]] = {}
-        for concept in concepts:
-            by_kind.setdefault(kind_of(concept), []).append(concept)
-        with ExitStack() as stack:
-            handles = []
-            for kind, names in by_kind.items():
-                setting = settings[kind]
-                for point, strength in setting.strength.items():
-                    erasure = apply_erasure(
-                        self.pipe,
-                        self.saes[point],
-                        self.tables[point],
-                        names,
-                        strength,
-                        setting.mode,
-                        setting.halves,
-                        setting.start,
-                        setting.stop,
-                        num_latents=setting.num_latents,
-                        scale=setting.scale,
-                    )
-                    handles.append(stack.enter_context(erasure))
+        method = SparseErasure("minicanvas", "", self.saes, self.tables, settings or self.settings)
+        with method.handles(self.pipe, list(concepts)) as handles:
             yield handles
 
-    def scores(self, images: Tensor, wanted: Sequence[Request], concepts: Iterable[str]) -> dict[str, ErasureScores]:
+    def scores(self, images: Tensor, wanted: Sequence[Request], concepts: Collection[str]) -> dict[str, ErasureScores]:
         """Scores of every kind among the erased `concepts`: {"object": ..., "style": ...} (SPEC 5.3)."""
-        erased: dict[str, list[int]] = {"object": [], "style": []}
-        for concept in concepts:
-            kind = kind_of(concept)
-            erased[kind].append(KINDS[kind].index(concept))
-        object_scores, style_scores = self.judge.predict(images)
-        columns: dict[str, Any] = {
-            "object": (torch.tensor([one.object for one in wanted]), object_scores.argmax(1)),
-            "style": (torch.tensor([one.style for one in wanted]), style_scores.argmax(1)),
-        }
-        result = {}
-        for kind, other in (("object", "style"), ("style", "object")):
-            if erased[kind]:
-                result[kind] = erasure_scores(
-                    erased[kind],
-                    wanted=columns[kind][0],
-                    recognised=columns[kind][1],
-                    cross_wanted=columns[other][0],
-                    cross_recognised=columns[other][1],
-                    object_confidence=object_scores.amax(1),
-                    cross_erased=erased[other],
-                )
-        return result
+        asked = {kind: torch.tensor([getattr(one, kind) for one in wanted]) for kind in KINDS}
+        return Outcome(asked, *self.judged(images)).scores(KINDS, concepts)
+
+
+def load_sparse(folder: Path) -> tuple[dict[str, TopKSAE], dict[str, ConceptTable], dict[str, Setting]]:
+    """(SAEs and tables by hook point, settings by kind) of a folder: settings.json, sae/POINT, concepts/POINT."""
+    settings = {kind: Setting(**one) for kind, one in read_json(folder / "settings.json").items()}
+    points = sorted({point for one in settings.values() for point in one.strength})
+    saes = {point: TopKSAE.from_pretrained(folder / "sae", subfolder=point, dtype=torch.float32) for point in points}
+    return saes, {point: ConceptTable.load(folder / "concepts" / point) for point in points}, settings
 
 
 def kind_of(concept: str) -> str:
