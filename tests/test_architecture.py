@@ -16,9 +16,9 @@ LAYERS = [
     {"ops"},
     {"sae", "hookpoints"},
     {"concepts"},
-    {"erasure", "training"},
+    {"erasure", "training", "convert"},
     {"evaluation", "minicanvas"},
-    {"demo"},
+    {"demo", "unlearn_canvas", "nudity", "eval_unlearn"},
     {"env", "cli"},
 ]
 LAYER = {component: number for number, components in enumerate(LAYERS) for component in components}
@@ -92,8 +92,10 @@ def test_only_the_command_line_prints() -> None:
     assert found(prints) == {}
 
 
-def test_nothing_unpickles() -> None:
+def test_nothing_unpickles_but_convert() -> None:
     def unpickles(path: Path) -> set[str]:
+        if path == ROOT / "saemnesia_fast/convert/unpickle.py":  # the restricted unpickler
+            return set()
         names = {*imports(path), *calls(path)}
         return {name for name in names if name == "torch.load" or name.split(".")[0] in PICKLES}
 

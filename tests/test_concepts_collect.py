@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from pipelines import CHANNELS, HOOK_POINTS, tiny_sd
 from saemnesia_fast import SparseLatents, TopKSAE
 from saemnesia_fast.cli.concepts import Concepts
-from saemnesia_fast.concepts import ConceptStatistics, ConceptTable, collect_concepts
+from saemnesia_fast.concepts import ConceptStatistics, ConceptTable, collect_concepts, save_assignment
 from saemnesia_fast.hookpoints import capture
 
 DEEP, SHALLOW = HOOK_POINTS
@@ -228,6 +228,29 @@ def test_command_line_writes_the_table_that_the_library_collects(tmp_path: Path)
     assert table.assignment == expected.assign()
     assert table.model_id == "model"
     table.check_sae(sae)
+
+
+def test_command_line_takes_an_assignment_over(tmp_path: Path) -> None:
+    """SPEC 4.2: a table of a supervised SAE has the latents that were assigned before; those of another are refused."""
+    pipe, sae = tiny_sd(), make_sae(SHALLOW)
+    pipe.save_pretrained(tmp_path / "model")
+    sae.save_pretrained(tmp_path / "sae")
+    assignment = {name: 3 + 2 * row for row, name in enumerate(PROMPTS)}
+    save_assignment(tmp_path / "sae", assignment, dict.fromkeys(PROMPTS, "object"), sae)
+    (tmp_path / "prompts.json").write_text(json.dumps({n: {"kind": "object", "prompts": PROMPTS[n]} for n in PROMPTS}))
+    options: dict[str, Any] = {"steps": 1, "height": 32, "width": 32, "device": "cpu", "hook_point": SHALLOW}
+    options |= {"model": str(tmp_path / "model"), "sae": str(tmp_path / "sae"), "prompts": tmp_path / "prompts.json"}
+    options |= {"out": tmp_path / "table", "assignment": tmp_path / "sae" / "assignment.json"}
+    Concepts(**options).run()
+    assert ConceptTable.load(tmp_path / "table").assignment == assignment
+    with pytest.raises(ValueError, match="assign: expected either --assign or --assignment, got both"):
+        Concepts(**options, assign=True).run()
+    save_assignment(tmp_path / "sae", assignment | {"cow": 1}, dict.fromkeys([*PROMPTS, "cow"], "object"), sae)
+    with pytest.raises(ValueError, match=r"prompts: expected those of every assigned concept, got none for \['cow'\]"):
+        Concepts(**options).run()
+    make_sae(DEEP).save_pretrained(tmp_path / "sae")
+    with pytest.raises(ValueError, match="assignment: .* is of SAE"):
+        Concepts(**options).run()
 
 
 @pytest.mark.parametrize("entry", [["a cat"], {"prompts": ["a cat"]}, {"kind": "object", "prompts": "a cat"}])

@@ -23,6 +23,9 @@ COMMANDS = {
     "erase": "erase:Erase",
     "sweep": "sweep:Sweep",
     "evaluate": "evaluate:Evaluate",
+    "unlearn-canvas": "unlearn_canvas:UnlearnCanvasCommand",
+    "nudity": "nudity:Nudity",
+    "convert": "convert:Convert",
     "bench": "bench:Bench",
     "env": "env:Env",
 }

@@ -155,7 +155,7 @@ def _image(unit: Unit, hits: Sequence[bool]) -> str:
     with Image.open(unit.picture) as picture:
         picture.quantize(256).save(png, format="PNG", optimize=True)
     data = base64.b64encode(png.getvalue()).decode()
-    wide = 100 / len(hits)
+    wide = 100 / max(1, len(hits))
     frames = "".join(f'<i style="left:{n * wide:.3f}%;width:{wide:.3f}%"></i>' for n, hit in enumerate(hits) if hit)
     return f'<div><img alt="" src="data:image/png;base64,{data}">{frames}</div>'
 
