@@ -23,6 +23,7 @@ COMMANDS = {
     "erase": "erase:Erase",
     "sweep": "sweep:Sweep",
     "evaluate": "evaluate:Evaluate",
+    "analyse": "analyse:Analyse",
     "unlearn-canvas": "unlearn_canvas:UnlearnCanvasCommand",
     "nudity": "nudity:Nudity",
     "convert": "convert:Convert",

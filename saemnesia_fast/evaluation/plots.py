@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -11,13 +12,15 @@ COLOURS = (
 )
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 250, 46, 26, 30
 LEGEND = 18
+LABELS = 20
+"""At most so many along the axis of a line plot."""
 
 Value = tuple[float, float | None]
 """A mean, and half the width of its interval where there is one."""
 
 
-def bars(title: str, groups: Mapping[str, Mapping[str, Value]]) -> str:
-    """{group on the axis: {series: percent}} as bars beside each other, the intervals as whiskers."""
+def bars(title: str, groups: Mapping[str, Mapping[str, Value]], top: float = 100.0) -> str:
+    """{group on the axis: {series: 0 to top}} as bars beside each other, the intervals as whiskers."""
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
     body = []
     room = (WIDTH - LEFT - 10) / max(1, len(groups))
@@ -27,44 +30,63 @@ def bars(title: str, groups: Mapping[str, Mapping[str, Value]]) -> str:
         body.append(_text(left + room * 0.42, HEIGHT - BOTTOM + 16, group, "middle"))
         for name, (mean, width) in values.items():
             x = left + wide * series.index(name)
-            top, label = _y(mean), f"{name}, {group}: {_number(mean, width)}"
+            upper, label = _y(mean, top), f"{name}, {group}: {_number(mean, width, top)}"
             body.append(
-                f'<rect x="{x:.1f}" y="{top:.1f}" width="{max(1.0, wide - 2):.1f}" height="{_y(0) - top:.1f}" '
+                f'<rect x="{x:.1f}" y="{upper:.1f}" width="{max(1.0, wide - 2):.1f}" height="{_y(0) - upper:.1f}" '
                 f'fill="{_colour(series, name)}"><title>{escape(label)}</title></rect>'
             )
             if width:
                 middle = x + (wide - 2) / 2
-                body.append(_line([(middle, _y(mean - width)), (middle, _y(mean + width))], "#222", 1.2))
-    return _frame(title, body, series)
+                body.append(_line([(middle, _y(mean - width, top)), (middle, _y(mean + width, top))], "#222", 1.2))
+    return _frame(title, body, series, top)
 
 
-def lines(title: str, series: Mapping[str, Sequence[Value]]) -> str:
-    """{name: percent at 1, 2, ...}, with intervals as bands."""
+def lines(
+    title: str, series: Mapping[str, Sequence[Value]], top: float = 100.0, labels: Sequence[str] | None = None
+) -> str:
+    """{name: 0 to top at each label, by default 1, 2, ...}, with intervals as bands."""
     longest = max(map(len, series.values()), default=1)
     step = (WIDTH - LEFT - 30) / max(1, longest - 1)
-    body = [_text(LEFT + step * n, HEIGHT - BOTTOM + 16, str(n + 1), "middle") for n in range(longest)]
+    labels = labels or [str(n + 1) for n in range(longest)]
+    shown = range(0, longest, -(-longest // LABELS))
+    body = [_text(LEFT + step * n, HEIGHT - BOTTOM + 16, labels[n], "middle") for n in shown]
     for name, values in series.items():
         colour = _colour(list(series), name)
-        upper = [(LEFT + step * n, _y(mean + (width or 0))) for n, (mean, width) in enumerate(values)]
-        lower = [(LEFT + step * n, _y(mean - (width or 0))) for n, (mean, width) in enumerate(values)]
+        upper = [(LEFT + step * n, _y(mean + (width or 0), top)) for n, (mean, width) in enumerate(values)]
+        lower = [(LEFT + step * n, _y(mean - (width or 0), top)) for n, (mean, width) in enumerate(values)]
         band = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*upper, *reversed(lower)])
         body.append(f'<polygon points="{band}" fill="{colour}" opacity="0.15"/>')
-        points = [(LEFT + step * n, _y(mean)) for n, (mean, _) in enumerate(values)]
+        points = [(LEFT + step * n, _y(mean, top)) for n, (mean, _) in enumerate(values)]
         body.append(_line(points, colour, 2))
         for (x, y), (mean, width) in zip(points, values, strict=True):
-            label = escape(f"{name}: {_number(mean, width)}")
+            label = escape(f"{name}: {_number(mean, width, top)}")
             body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"><title>{label}</title></circle>')
-    return _frame(title, body, list(series))
+    return _frame(title, body, list(series), top)
 
 
-def _frame(title: str, body: list[str], series: list[str]) -> str:
-    """Axis from 0 to 100 percent, title above, legend below."""
+def ceiling(values: Sequence[float]) -> float:
+    """A round number that is none too small for an axis of `values`: 1, 2 or 5 times a power of ten."""
+    highest = max(values, default=0.0)
+    if highest < 1e-9:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(highest))
+    return next(n * power for n in (1, 2, 5, 10, 20) if n * power >= highest)
+
+
+def standalone(svg: str) -> str:
+    """A plot as a file of its own."""
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" ', 1)
+
+
+def _frame(title: str, body: list[str], series: list[str], top: float) -> str:
+    """Axis from 0 to top, title above, legend below."""
     columns = 4
     tall = HEIGHT + LEGEND * -(-len(series) // columns) + 4
     parts = [_text(LEFT, 15, title, "start", "bold")]
-    for percent in range(0, 101, 20):
-        parts.append(_line([(LEFT, _y(percent)), (WIDTH - 10, _y(percent))], "#ddd", 1))
-        parts.append(_text(LEFT - 6, _y(percent) + 4, str(percent), "end"))
+    for fifths in range(6):
+        y = _y(fifths, 5)
+        parts.append(_line([(LEFT, y), (WIDTH - 10, y)], "#ddd", 1))
+        parts.append(_text(LEFT - 6, y + 4, f"{fifths * top / 5:.3g}", "end"))
     for n, name in enumerate(series):
         x, y = LEFT + (n % columns) * (WIDTH - LEFT) / columns, HEIGHT + LEGEND * (n // columns)
         parts.append(f'<rect x="{x:.1f}" y="{y}" width="10" height="10" fill="{_colour(series, name)}"/>')
@@ -72,16 +94,17 @@ def _frame(title: str, body: list[str], series: list[str]) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {tall}" width="{WIDTH}" role="img">{"".join([*parts, *body])}</svg>'
 
 
-def _y(percent: float) -> float:
-    return TOP + (HEIGHT - TOP - BOTTOM) * (1 - min(100.0, max(0.0, percent)) / 100)
+def _y(value: float, top: float = 100.0) -> float:
+    return TOP + (HEIGHT - TOP - BOTTOM) * (1 - min(top, max(0.0, value)) / top)
 
 
 def _colour(series: Sequence[str], name: str) -> str:
     return COLOURS[series.index(name) % len(COLOURS)]
 
 
-def _number(mean: float, width: float | None) -> str:
-    return f"{mean:.1f}" + (f" ± {width:.1f}" if width is not None else "")
+def _number(mean: float, width: float | None, top: float) -> str:
+    digits = 1 if top >= 100 else 2
+    return f"{mean:.{digits}f}" + (f" ± {width:.{digits}f}" if width is not None else "")
 
 
 def _line(points: Sequence[tuple[float, float]], colour: str, width: float) -> str:
