@@ -24,6 +24,7 @@ COMMANDS = {
     "sweep": "sweep:Sweep",
     "evaluate": "evaluate:Evaluate",
     "analyse": "analyse:Analyse",
+    "attack": "attack:AttackCommand",
     "unlearn-canvas": "unlearn_canvas:UnlearnCanvasCommand",
     "nudity": "nudity:Nudity",
     "convert": "convert:Convert",
