@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from saemnesia_fast.kernels.decode import decode_kernel
 from saemnesia_fast.kernels.encode_topk import encode_kernel, maxima_kernel, rescore_kernel, select_kernel
 from saemnesia_fast.kernels.erase import erase_kernel
+from saemnesia_fast.kernels.gather_dot import gather_dot_kernel
 from saemnesia_fast.kernels.probe import probe_kernel, rank_kernel, settle_kernel
 from saemnesia_fast.kernels.screen import round_kernel
 from saemnesia_fast.kernels.steering_lines import steering_lines_kernel
@@ -96,6 +97,8 @@ def cases(architecture: int) -> Iterator[Case]:
     constants = {"MODE": "released", "scale": None, "squares": None, **blocks}
     yield Case("decode.decode_fp16", decode_kernel, half, constants, 4)
     yield Case("decode.decode_error_fp32", decode_kernel, single, {"MODE": "error", **blocks}, 4)
+    types = {"W": "*fp16", "grad": "*fp16", "out": "*fp32"}
+    yield Case("gather_dot.gather_dot_fp16", gather_dot_kernel, half, {"BLOCK_J": 8, "BLOCK_D": 128}, 4, types=types)
     yield Case("erase.erase_fp16", erase_kernel, half, {**CONTIGUOUS, "BLOCK_S": 16, "BLOCK_D": 256}, 2)
     blocks = {"BLOCK_T": 128, "BLOCK_S": 32}
     yield Case("steering_lines.steering_lines", steering_lines_kernel, single, blocks, 1)

@@ -315,6 +315,16 @@ def test_exact_mode_holds_no_activations_of_all_latents(sae, precision):
     assert torch.cuda.max_memory_allocated() - before < tokens * N / 2
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_dot_is_as_good_as_eager(sae, dtype):
+    W = sae[3].to(dtype)
+    indices = torch.randint(N, (512, K), generator=torch.Generator().manual_seed(4), dtype=torch.int32).cuda()
+    grad = random_tokens(512, D, dtype=torch.float32).to("cuda", dtype)
+    found = torch.ops.saemnesia_fast.gather_dot(indices, W, grad)
+    given = (indices, W.float(), grad.float())
+    assert_no_worse(found, reference.gather_dot(*given), reference.gather_dot(*doubled(*given)))
+
+
 def test_long_offsets(sae):
     """Tokens beyond 2^31 elements, encoded in many parts."""
     weights = cast(sae, torch.float16)

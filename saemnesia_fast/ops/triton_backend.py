@@ -249,6 +249,30 @@ def _sum_directions(
         )
 
 
+def gather_dot(indices: Tensor, W: Tensor, grad: Tensor) -> Tensor:
+    """[..., k] float32: each token's grad [..., d] times the rows of W [N, d] that its indices [..., k] name."""
+    from saemnesia_fast.kernels.gather_dot import gather_dot_kernel
+
+    k, d = indices.shape[-1], grad.shape[-1]
+    out = grad.new_empty(indices.shape, dtype=torch.float32)
+    if out.numel():
+        with torch.cuda.device_of(grad):
+            grid = (out.numel() // k, -(-k // 8))
+            gather_dot_kernel[grid](
+                indices.contiguous(),
+                W.contiguous(),
+                grad.contiguous(),
+                out,
+                k,
+                d,
+                W.shape[0],
+                BLOCK_J=8,
+                BLOCK_D=128,
+                num_warps=4,
+            )
+    return out
+
+
 class Probed(NamedTuple):
     """What `probe_kernel` and `rank_kernel` leave behind."""
 
@@ -481,7 +505,7 @@ def erase(
 
 
 def _cannot(op: str, tokens: Tensor, arguments: tuple[Any, ...]) -> str | None:
-    if tokens.dtype == torch.float64:
+    if torch.float64 in (tokens.dtype, *(a.dtype for a in arguments[1:2] if op == "gather_dot")):
         return "it computes in float32"
     if op == "encode_topk" and arguments[3] > MAX_K:
         return f"it keeps at most {MAX_K} latents"
@@ -558,6 +582,7 @@ def steering_lines(
 
 def register() -> None:
     """Fill the slots; nothing is imported yet. The eager ones must be filled before."""
-    for op, implementation in (("encode_topk", encode_topk), ("decode", decode), ("erase", erase), ("probe", probe)):
+    computed = (encode_topk, decode, erase, probe, gather_dot)
+    for op, implementation in ((function.__name__, function) for function in computed):
         backend.register(op, "triton", _or_eager(op, implementation), refuse, takes_workspace=op == "erase")
     backend.register("steering_lines", "triton", steering_lines, refuse, takes_workspace=True)
