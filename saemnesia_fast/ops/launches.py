@@ -36,8 +36,8 @@ class Launches:
         self._stream = stream
         self.counter: Tensor | None = None
         """One more that varies: a zero, to count in."""
-        self.scratch: list[Any] = []
-        """What others must not write to any more."""
+        self.scratch: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+        """{op: (key, memory)} that no other calls must write to."""
         self.suffice = False
         """Whether they are all that was done."""
         self._varying = [tensor.data_ptr() for tensor in varying]

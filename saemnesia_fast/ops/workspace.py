@@ -44,10 +44,8 @@ class Workspace:
 
     def put_back(self, op: str, key: Hashable, scratch: tuple[Any, ...]) -> None:
         """Keep `scratch` for the op's next call, after this one's last launch: after an error nobody has it."""
-        if self._recording is not None:
-            self._recording.scratch += scratch
-        elif key is not None:
-            self._kept[op] = key, scratch
+        if key is not None:
+            (self._kept if self._recording is None else self._recording.scratch)[op] = key, scratch
 
     def zero(self, x: Tensor) -> Tensor:
         """[1] int32 on x's device, which is current: a 0 to count in."""
@@ -80,6 +78,8 @@ class Workspace:
             self._recording = None
         if recording.repeatable:
             self._repeat = key, recording
+        else:
+            self._kept |= recording.scratch
 
     def allow_repeat(self) -> None:
         """Said by a call that has done nothing to the varying tensors but launch kernels, from here."""
@@ -100,10 +100,8 @@ class Workspace:
     @property
     def num_bytes(self) -> int:
         """Of the scratch memory that is kept."""
-        kept = [scratch for _, scratch in self._kept.values()]
-        if self._repeat is not None:
-            kept.append(tuple(self._repeat[1].scratch))
-        return sum(one.nbytes for scratch in kept for one in scratch if isinstance(one, Tensor))
+        kept = [*self._kept.values(), *(self._repeat[1].scratch.values() if self._repeat else ())]
+        return sum(one.nbytes for _, scratch in kept for one in scratch if isinstance(one, Tensor))
 
     def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
         return Workspace, ()  # a copy begins empty

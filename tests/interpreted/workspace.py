@@ -9,6 +9,7 @@ from pipelines import HOOK_POINTS, tiny_unet
 from saemnesia_fast import ops
 from saemnesia_fast.erasure import apply_erasure
 from saemnesia_fast.ops import triton_backend
+from saemnesia_fast.ops import workspace as workspace_module
 from saemnesia_fast.ops.workspace import Workspace
 from triton_cases import IN_INTERPRETER, selection
 from weights import random_tokens, random_weights, same_bits
@@ -24,7 +25,7 @@ def _triton():
 
 
 def kept(workspace):
-    return [one for scratch in workspace._kept.values() for one in scratch if isinstance(one, Tensor)]
+    return [one for _, scratch in workspace._kept.values() for one in scratch if isinstance(one, Tensor)]
 
 
 def poison(workspace):
@@ -40,7 +41,7 @@ def case(precision, m=6, d=7, n=40, entries=5):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_an_earlier_call_left_does_not_matter(precision, monkeypatch):
     """SPEC 7.2."""
-    monkeypatch.setattr(triton_backend, "COUNTERS", 3)
+    monkeypatch.setattr(workspace_module, "COUNTERS", 3)
     x, arguments = case(precision)
     x[2, 3] = torch.nan
     want, workspace = triton_backend.erase(x, *arguments, precision), Workspace()
