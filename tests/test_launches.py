@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel  # n
 
 from no_device import Driver, no_device  # noqa: E402
 from saemnesia_fast import TopKSAE, apply_erasure  # noqa: E402
-from saemnesia_fast.ops.workspace import Workspace  # noqa: E402
+from saemnesia_fast.ops import workspace  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 KERNELS = ["steering_lines_kernel", "probe_kernel", "rank_kernel", "erase_kernel"]
@@ -104,10 +104,10 @@ def test_a_repeated_call_differs_from_the_first_in_activation_timestep_and_count
 
 
 def test_each_call_counts_in_a_zero_of_its_own(scene: Scene) -> None:
-    workspace = scene.point.workspace
+    own = scene.point.workspace
     seen = []
-    original = workspace.zero
-    workspace.zero = lambda x: seen.append(original(x)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
+    original = own.zero
+    own.zero = lambda x: seen.append(original(x)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
     for _ in range(70):  # more than are filled at once
         scene.call(scene.tokens(), torch.tensor(501))
     assert len({zero.data_ptr() for zero in seen}) == len(seen) == 70
@@ -175,6 +175,15 @@ def test_a_profiler_is_told_of_every_launch(scene: Scene) -> None:
     assert was_repeated(scene.call(*plain))
 
 
+def test_a_captured_call_neither_repeats_nor_forgets(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = (scene.tokens(), torch.tensor(501))
+    scene.call(*plain)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(workspace, "_where", lambda x: None)
+        assert not was_repeated(scene.call(*plain))
+    assert was_repeated(scene.call(*plain))
+
+
 def test_new_concepts_and_strengths_are_repeated(scene: Scene) -> None:
     """They are in the tables, which stay where they are."""
     plain = (scene.tokens(), torch.tensor(501))
@@ -198,8 +207,8 @@ def test_a_call_with_more_to_do_is_not_repeated() -> None:
 
 
 def test_a_workspace_repeats_only_what_was_allowed_to_be() -> None:
-    workspace, x = Workspace(), torch.ones(4)
-    with workspace.record("how", x):
+    empty, x = workspace.Workspace(), torch.ones(4)
+    with empty.record("how", x):
         pass
-    assert not workspace.repeat("how", x)
-    assert not workspace.repeat("other", x)
+    assert not empty.repeat("how", x)
+    assert not empty.repeat("other", x)

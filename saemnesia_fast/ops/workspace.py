@@ -67,10 +67,11 @@ class Workspace:
     def record(self, how: object, *varying: Tensor) -> Iterator[None]:
         """Let the launches made in here be repeated, with other tensors in the places of `varying`: if a call made in
         here will `allow_repeat`."""
-        key, self._repeat = _key(how, varying), None
+        key = _key(how, varying)
         if key is None:
             yield
             return
+        self._repeat = None
         self._recording = recording = Launches(varying, stream=key[0][1])
         try:
             yield
