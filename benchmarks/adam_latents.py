@@ -1,6 +1,6 @@
 """adam_latents: from the kept latents to updated W_enc and W_dec: gradients, their norm, the clip, Adam, unit rows.
 
-torch.optim has no moments in bfloat16: its own are in float32 in every case.
+torch.optim has none but float32 moments: its own are in every case.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from activations import relative_error, tokens, weights
 from harness import Case, Contest, Work
 from providers import ours, torch_eager
 from saemnesia_fast import ops
-from saemnesia_fast.ops import LatentGradients, LatentMoments, PairTerms, reference
+from saemnesia_fast.ops import EightBit, LatentGradients, LatentMoments, PairTerms, eight_bit, reference
+from saemnesia_fast.ops.eight_bit import Moment
 
 BASELINE = "torch.optim"
 SIZES = {"cpu": (1024, 4096), "cuda": (4096, 16384)}
-VARIANTS = ("", "bfloat16 moments")
-LIMIT = {"": 1e-4, "bfloat16 moments": 1e-2}
+MOMENTS = {"": torch.float32, "bfloat16 moments": torch.bfloat16, "8bit moments": torch.uint8}
+LIMIT = {"": 1e-4, "bfloat16 moments": 1e-2, "8bit moments": 5e-2}
 BETA = 0.9
 MOST_NORM = 1.0
 
 
 def cases(device: str) -> list[Case]:
-    return [Case("adam_latents", M=M, variant=variant) for M in SIZES[device] for variant in VARIANTS]
+    return [Case("adam_latents", M=M, variant=variant) for M in SIZES[device] for variant in MOMENTS]
 
 
 def work(case: Case) -> Work:
     """Both weights and four moments are read and written; the tokens and their gradients are read."""
-    moment = 2 if case.variant else 4
+    moment = MOMENTS[case.variant].itemsize
     traffic = 2 * case.N * case.d * (2 * 4 + 4 * moment) + 2 * case.M * case.d * 4 + case.M * case.k * (4 + 4)
     return Work(traffic, 2 * case.d * 3 * case.M * case.k)
 
@@ -56,11 +57,10 @@ def contest(case: Case, device: str) -> Contest:
         """State of its own for each of our backends."""
         states: dict[str, tuple[LatentMoments, Tensor, Tensor]] = {}
 
-        def call() -> tuple[int, Tensor, Tensor]:
+        def call() -> tuple[int, Moment, Moment]:
             name = ops.current_backend()
             if name not in states:
-                dtype = torch.bfloat16 if case.variant else torch.float32
-                moments = LatentMoments(*(torch.zeros_like(W_enc, dtype=dtype) for _ in range(4)))
+                moments = LatentMoments(*(_zeros(W_enc, MOMENTS[case.variant]) for _ in range(4)))
                 states[name] = moments, W_enc.clone(), W_dec.clone()
             moments, encoder, decoder = states[name]
             calls[name] = calls.get(name, 0) + 1
@@ -100,11 +100,11 @@ def contest(case: Case, device: str) -> Contest:
 
         return call
 
-    def errors(result: tuple[int, Tensor, Tensor]) -> Tensor:
+    def errors(result: tuple[int, Moment, Moment]) -> Tensor:
         """Of both exp_avg, each as a whole."""
         count, *averages = result
         share = 1 - BETA**count
-        pairs = zip(averages, wanted, strict=True)
+        pairs = zip(map(_widened, averages), wanted, strict=True)
         return torch.cat(
             [relative_error(got.double().reshape(1, -1) / share, want.reshape(1, -1)) for got, want in pairs]
         )
@@ -114,3 +114,11 @@ def contest(case: Case, device: str) -> Contest:
         *ours("sparse_gradients", device, fused()),
     ]
     return Contest(case, work(case), providers, errors, LIMIT[case.variant], BASELINE)
+
+
+def _zeros(W: Tensor, dtype: torch.dtype) -> Moment:
+    return EightBit.zeros_like(W) if dtype == torch.uint8 else torch.zeros_like(W, dtype=dtype)
+
+
+def _widened(exp_avg: Moment) -> Tensor:
+    return eight_bit.widened(exp_avg, signed=True) if isinstance(exp_avg, EightBit) else exp_avg

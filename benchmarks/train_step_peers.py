@@ -128,7 +128,9 @@ class DictionaryLearning:
 class Ours:
     """`saemnesia_fast.training.Trainer`, which reads its metrics every tenth step."""
 
-    def __init__(self, own: Weights, setting: Setting, backend: str, needed: str, moments: str = "float32") -> None:
+    def __init__(
+        self, own: Weights, setting: Setting, backend: str, needed: str, moments: str = "float32", **more: Any
+    ) -> None:
         from saemnesia_fast.sae import SAEConfig, TopKSAE
         from saemnesia_fast.training import TrainConfig, Trainer
 
@@ -148,6 +150,7 @@ class Ours:
                 moments=moments,
                 device=str(device),
                 progress=False,
+                **more,
             )
             self.trainer = Trainer(config, (), sae)
         self.trainer.activity.tokens_since_fired.copy_(first_counts(own, setting.dead))
@@ -208,9 +211,18 @@ def peers(device: str) -> dict[str, Peer]:
     for name, backend in OURS[device].items():
         start = partial(Ours, backend=backend, needed=name.removeprefix("ours "))
         entered[name] = Peer(start, pre_activation_bytes=0)
-    short = partial(Ours, backend=OURS[device][f"ours {device}"], needed=device, moments="bfloat16")
+    ours = partial(Ours, backend=OURS[device][f"ours {device}"], needed=device)
     entered[f"ours {device}, bfloat16 moments"] = Peer(
-        short, differs="moments rounded to bfloat16", state_bytes=8, pre_activation_bytes=0
+        partial(ours, moments="bfloat16"),
+        differs="moments rounded to bfloat16",
+        state_bytes=8,
+        pre_activation_bytes=0,
+    )
+    entered[f"ours {device}, 8bit moments"] = Peer(
+        partial(ours, moments="8bit", adam_eps=1e-6),
+        differs="moments rounded to 8 bits, Adam eps 1e-6",
+        state_bytes=6,
+        pre_activation_bytes=0,
     )
     return entered
 

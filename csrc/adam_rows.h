@@ -1,22 +1,33 @@
 // The loop of adam_rows (SPEC 4.1), for host and device: one row of a parameter, in place.
 //
-// Beyond lanes.h, a `Lanes` has each(d, f), which calls f(c) for every channel in some thread, and sync(), after which
-// all threads see what each other wrote.
+// Beyond lanes.h, a `Lanes` has
+//   each(d, f)        calls f(c) for every channel in some thread
+//   each_held(n, f)   calls f(c, h) for each of n <= kMostBlock channels, h being its place among the kHeldOfBlock that
+//                     its thread holds, in every such loop the same
+//   largest(number)   the largest of all threads' numbers
+//   sync()            after which all threads see what each other wrote
 #pragma once
 
-#include "lanes.h"
+#include "eight_bit.h"
 
 namespace saemnesia_fast {
 
 enum class Shadow : int32_t { None, Float16, BFloat16 };
+enum class MomentType : int32_t { Wide, BFloat16, EightBit };
+
+// One of Adam's two; `scale` of each block where it is in 8 bits.
+struct Moment {
+  void* data;
+  float* scale;
+};
 
 template <typename T>
 struct AdamJob {
   T* W;
-  // T, or bfloat16 bits where `short_moments`.
-  void* exp_avg;
-  void* exp_avg_sq;
-  bool short_moments;
+  Moment exp_avg;
+  Moment exp_avg_sq;
+  MomentType moments;
+  int64_t block;
   // W rounded to 16 bits.
   uint16_t* shadow;
   Shadow shadow_type;
@@ -33,18 +44,6 @@ struct AdamJob {
   bool remove_parallel;
   bool unit_norm;
 };
-
-SAEMNESIA_INLINE uint32_t bits_of(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-SAEMNESIA_INLINE float float_of(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 // To the nearest, ties to even.
 SAEMNESIA_INLINE uint16_t to_bfloat16(float value) {
@@ -75,32 +74,76 @@ SAEMNESIA_INLINE uint32_t noise_of(int64_t element, uint32_t step) {
   return h ^ h >> 15;
 }
 
-// Moments in 16 bits are rounded at random: to the nearest, a decay by 0.1 % would never take place.
-template <typename T, bool Short>
-SAEMNESIA_INLINE void adam_element(const AdamJob<T>& job, int64_t i, T gradient) {
-  T m, v;
-  uint16_t* const short_m = static_cast<uint16_t*>(job.exp_avg);
-  uint16_t* const short_v = static_cast<uint16_t*>(job.exp_avg_sq);
-  T* const long_m = static_cast<T*>(job.exp_avg);
-  T* const long_v = static_cast<T*>(job.exp_avg_sq);
-  if (Short) {
-    m = float_of(uint32_t(short_m[i]) << 16);
-    v = float_of(uint32_t(short_v[i]) << 16);
-  } else {
-    m = long_m[i];
-    v = long_v[i];
-  }
+// m, v and the weight of element i.
+template <typename T>
+SAEMNESIA_INLINE void adam_element(const AdamJob<T>& job, int64_t i, T gradient, T& m, T& v) {
   m += (1 - job.beta1) * (gradient - m);
   v = job.beta2 * v + (1 - job.beta2) * (gradient * gradient);
-  if (Short) {
-    const uint32_t noise = noise_of(i, job.step);
-    short_m[i] = to_bfloat16(float(m), noise & 0xffff);
-    short_v[i] = to_bfloat16(float(v), noise >> 16);
-  } else {
-    long_m[i] = m;
-    long_v[i] = v;
-  }
   job.W[i] -= job.step_size * m / (square_root(v) * job.inverse_root + job.eps);
+}
+
+template <typename T>
+SAEMNESIA_INLINE void adam_wide(const AdamJob<T>& job, int64_t i, T gradient) {
+  T* const all_m = static_cast<T*>(job.exp_avg.data);
+  T* const all_v = static_cast<T*>(job.exp_avg_sq.data);
+  T m = all_m[i], v = all_v[i];
+  adam_element(job, i, gradient, m, v);
+  all_m[i] = m;
+  all_v[i] = v;
+}
+
+// Rounded at random: to the nearest, a decay by 0.1 % would never take place.
+template <typename T>
+SAEMNESIA_INLINE void adam_bfloat16(const AdamJob<T>& job, int64_t i, T gradient) {
+  uint16_t* const all_m = static_cast<uint16_t*>(job.exp_avg.data);
+  uint16_t* const all_v = static_cast<uint16_t*>(job.exp_avg_sq.data);
+  T m = float_of(uint32_t(all_m[i]) << 16), v = float_of(uint32_t(all_v[i]) << 16);
+  adam_element(job, i, gradient, m, v);
+  const uint32_t noise = noise_of(i, job.step);
+  all_m[i] = to_bfloat16(float(m), noise & 0xffff);
+  all_v[i] = to_bfloat16(float(v), noise >> 16);
+}
+
+// The scale of a block whose largest magnitude this is, as bits.
+SAEMNESIA_INLINE float block_scale(uint32_t most) {
+  constexpr float kLeast = 1e-12f;
+  return float_of(most) < kLeast ? kLeast : float_of(most);
+}
+
+// gradient(c) is that of channel c of the row that begins at element `first`.
+template <typename Lanes, typename T, typename Gradient>
+SAEMNESIA_INLINE void adam_eight_bit(const Lanes& lanes, const AdamJob<T>& job, int64_t first,
+                                     const Gradient& gradient) {
+  const int64_t block = job.block;
+  for (int64_t begin = 0; begin < job.d; begin += block) {
+    const int64_t from = first + begin;
+    uint8_t* const codes_m = static_cast<uint8_t*>(job.exp_avg.data) + from;
+    uint8_t* const codes_v = static_cast<uint8_t*>(job.exp_avg_sq.data) + from;
+    float* const scale_m = job.exp_avg.scale + from / block;
+    float* const scale_v = job.exp_avg_sq.scale + from / block;
+    const float old_m = *scale_m, old_v = *scale_v;
+    float held_m[Lanes::kHeldOfBlock], held_v[Lanes::kHeldOfBlock];
+    uint32_t most_m = 0, most_v = 0;
+    lanes.each_held(block, [&](int64_t c, int64_t h) {
+      T m = decode<true>(codes_m[c]) * old_m, v = decode<false>(codes_v[c]) * old_v;
+      adam_element(job, from + c, gradient(begin + c), m, v);
+      held_m[h] = float(m);
+      held_v[h] = float(v);
+      const uint32_t size_m = bits_of(held_m[h]) & 0x7fffffff, size_v = bits_of(held_v[h]) & 0x7fffffff;
+      most_m = size_m > most_m ? size_m : most_m;
+      most_v = size_v > most_v ? size_v : most_v;
+    });
+    const float new_m = block_scale(lanes.largest(most_m)), new_v = block_scale(lanes.largest(most_v));
+    const float up_m = 1 / new_m, up_v = 1 / new_v;
+    lanes.each_held(block, [&](int64_t c, int64_t h) {
+      codes_m[c] = uint8_t(encode<true>(held_m[h] * up_m));
+      codes_v[c] = uint8_t(encode<false>(held_v[h] * up_v));
+    });
+    lanes.each_held(1, [&](int64_t, int64_t) {
+      *scale_m = new_m;
+      *scale_v = new_v;
+    });
+  }
 }
 
 // g = scale * grad, less its part along the row; Adam; the row at unit length; its shadow. A row of zeros has no
@@ -118,10 +161,13 @@ SAEMNESIA_INLINE void adam_row(const Lanes& lanes, const AdamJob<T>& job, const 
     const T squared = dot(lanes, W, W, d);
     along = squared > 0 ? scale * dot(lanes, grad, W, d) / squared : T(0);
   }
-  if (job.short_moments) {
-    lanes.each(d, [&](int64_t c) { adam_element<T, true>(job, first + c, scale * grad[c] - along * W[c]); });
+  const auto gradient = [&](int64_t c) { return scale * grad[c] - along * W[c]; };
+  if (job.moments == MomentType::EightBit) {
+    adam_eight_bit(lanes, job, first, gradient);
+  } else if (job.moments == MomentType::BFloat16) {
+    lanes.each(d, [&](int64_t c) { adam_bfloat16(job, first + c, gradient(c)); });
   } else {
-    lanes.each(d, [&](int64_t c) { adam_element<T, false>(job, first + c, scale * grad[c] - along * W[c]); });
+    lanes.each(d, [&](int64_t c) { adam_wide(job, first + c, gradient(c)); });
   }
   if (job.unit_norm) {
     lanes.sync();

@@ -29,6 +29,9 @@ SAEMNESIA_INLINE double square_root(double value) { return sqrt(value); }
 // A sum over d is one of so many partial sums, each over every kDotLanes-th channel in order.
 constexpr int kDotLanes = 128;
 
+// At most so many neighbours share a scale (adam_rows.h).
+constexpr int kMostBlock = 256;
+
 template <typename S>
 SAEMNESIA_INLINE S plus(const S& a, const S& b) {
   S sum;

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pairs import random_terms
 from saemnesia_fast import ops
-from saemnesia_fast.ops import DenseRows, LatentGradients, LatentMoments, PairTerms, reference
+from saemnesia_fast.ops import DenseRows, EightBit, LatentGradients, LatentMoments, PairTerms, eight_bit, reference
 from saemnesia_fast.training.optim import normalize_rows, remove_parallel_gradient
 from weights import random_tokens, random_weights, same_bits, threads
 
@@ -19,16 +19,22 @@ LR = 1e-2
 
 
 class State:
-    """Weights, moments and shadow [N, d] of a latent layer."""
+    """Weights, moments (uint8: in 8 bits) and shadow [N, d] of a latent layer."""
 
     def __init__(self, n: int, d: int, dtype: torch.dtype, moments: torch.dtype | None = None) -> None:
         weights, self.W_dec = random_weights(d, n, dtype)
         self.W_enc, self.b_dec = weights.W_enc, weights.b_dec
-        self.moments = LatentMoments(*(torch.zeros(n, d, dtype=moments or dtype) for _ in range(4)))
+        self.moments = LatentMoments(
+            *(
+                EightBit.zeros_like(W) if moments == torch.uint8 else torch.zeros_like(W, dtype=moments)
+                for W in 4 * [self.W_dec]
+            )
+        )
         self.shadow = torch.zeros(n, d, dtype=torch.bfloat16)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.W_enc, self.W_dec, *self.moments, self.shadow
+        moments = [part for moment in self.moments for part in eight_bit.parts(moment)]
+        return self.W_enc, self.W_dec, *moments, self.shadow
 
     def step(
         self, terms: list[PairTerms], x: Tensor, number: int = 1, dense: DenseRows | None = None, **more: Any
@@ -192,7 +198,7 @@ def test_the_norm_of_whole_numbers_is_exact(
 
 def test_a_scale_of_nan_leaves_everything_as_it_is() -> None:
     x, terms, _ = single(*cases()["groups and extra terms"])
-    for moments in (torch.float32, torch.bfloat16):
+    for moments in (torch.float32, torch.bfloat16, torch.uint8):
         state = State(40, 70, torch.float32, moments)
         state.step(terms, x)
         before = [tensor.clone() for tensor in state.tensors()]
@@ -214,11 +220,12 @@ def test_nan_reaches_its_latents_and_the_norm() -> None:
     assert same_bits(state.W_enc[~hit], clean.W_enc[~hit])
 
 
-def test_results_depend_neither_on_threads_nor_on_the_run() -> None:
+@pytest.mark.parametrize("moments", [torch.bfloat16, torch.uint8])
+def test_results_depend_neither_on_threads_nor_on_the_run(moments: torch.dtype) -> None:
     x, terms, dense = single(*cases()["a latent of every token"])
     results = []
     for count in (1, 2, 2):
-        state = State(40, 70, torch.float32, torch.bfloat16)
+        state = State(40, 70, torch.float32, moments)
         with threads(count):
             got = state.step(terms, x, 1, dense)
         results.append((got.squared_norm[None], got.db_enc, *state.tensors()))
@@ -255,12 +262,13 @@ def test_b_dec_may_change_in_between() -> None:
     assert same_bits(states[0].W_enc, states[1].W_enc)
 
 
-def test_nothing_of_n_by_d_is_allocated(each_backend: str) -> None:
+@pytest.mark.parametrize("moments", [torch.float32, torch.uint8])
+def test_nothing_of_n_by_d_is_allocated(each_backend: str, moments: torch.dtype) -> None:
     """On the cpu backend, where this is what the ops are for."""
     if each_backend != "cpu":
         pytest.skip("one of the cpu backend")
     n, d = 3000, 64
-    state = State(n, d, torch.float32)
+    state = State(n, d, torch.float32, moments)
     x = random_tokens(50, d, dtype=torch.float32)
     terms = random_terms(x, n, (4,))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -15,6 +15,7 @@ import cuda_on_host
 from pairs import random_terms
 from saemnesia_fast.ops import (
     DenseRows,
+    EightBit,
     LatentGradients,
     LatentMoments,
     PairTerms,
@@ -23,6 +24,7 @@ from saemnesia_fast.ops import (
     reference,
 )
 from saemnesia_fast.ops.backend import Refusal
+from saemnesia_fast.ops.eight_bit import parts
 from saemnesia_fast.ops.gradients import GradientSlots
 from weights import random_tokens, random_weights, same_bits
 
@@ -124,20 +126,31 @@ def test_an_index_beyond_the_latents_is_left_out(slots: GradientSlots) -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("d", [24, 320, 512])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_adam_latents(slots: GradientSlots, dtype: torch.dtype) -> None:
-    weights, W_dec = random_weights(24, 30, dtype)
-    x = random_tokens(9, 24, dtype=dtype)
+def test_adam_latents(slots: GradientSlots, dtype: torch.dtype, d: int) -> None:
+    """With moments in the weights' dtype, or with d of 320 and 512 in 8 bits, in blocks of 64 and of 256."""
+    weights, W_dec = random_weights(d, 30, dtype)
+    x = random_tokens(9, d, dtype=dtype)
     dense = DenseRows(torch.tensor([4, 29]), W_dec[:2], W_dec[:2, 0], W_dec[2:4])
     results = []
     for module in (slots, eager_backend):
         W_enc, unit = weights.W_enc.clone(), W_dec.clone()
-        moments = LatentMoments(*(torch.zeros_like(unit) for _ in range(4)))
+        zeros = torch.zeros_like if d == 24 else EightBit.zeros_like
+        moments = LatentMoments(*(zeros(unit) for _ in range(4)))
         gradients = module.sparse_gradients(random_terms(x, 30, (5, 2)), x, unit, weights.b_dec, dense)
-        gradients.adam(W_enc, unit, moments, None, None, True, 1, 1e-2, 0.9, 0.999, 1e-9)
-        results.append((gradients.squared_norm, gradients.db_enc, W_enc, unit, *moments))
+        for step in (1, 2):
+            gradients.adam(W_enc, unit, moments, None, None, True, step, 1e-2, 0.9, 0.999, 1e-5)
+        tensors = (part for moment in moments for part in parts(moment))
+        results.append((gradients.squared_norm, gradients.db_enc, W_enc, unit, *tensors))
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4 if dtype == torch.float32 else 1e-10, atol=2e-5)
+        if ours.dtype == torch.uint8:
+            assert (ours != theirs).double().mean() < 1e-3
+            continue
+        # Where a last bit decides between two codes, or between no first moment and one, an element is off.
+        rtol = 1e-4 if dtype == torch.float32 else 1e-10 if d == 24 else 1e-6
+        apart = (ours - theirs).abs() > 2e-5 + rtol * theirs.abs()
+        assert apart.double().mean() <= (0 if d == 24 else 1e-3)
 
 
 def adam(

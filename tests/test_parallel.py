@@ -21,7 +21,7 @@ from saemnesia_fast.cli.main import main
 from saemnesia_fast.files import save_tensors, write_json
 from saemnesia_fast.ops.reference import top_columns
 from saemnesia_fast.sae import TopKSAE
-from saemnesia_fast.training import TensorActivations, TrainConfig, Trainer, train_sae
+from saemnesia_fast.training import TensorActivations, TrainConfig, Trainer, eight_bit, train_sae
 from saemnesia_fast.training.checkpoint import list_checkpoints, load_checkpoint
 from saemnesia_fast.training.layout import ALONE
 from saemnesia_fast.training.parallel import connect
@@ -202,7 +202,7 @@ WAYS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "short": (torch.float32, {"auxk_alpha": 0.0, "moments": "bfloat16", "compute_dtype": "bfloat16"}),
     "auxk": (torch.float64, {"micro_batches": 2}),
     "multi": (torch.float64, {"multi_topk": True, "k_start": 2 * K, "k_steps": 10}),
-    "batch": (torch.float64, {"batch_topk": True, "multi_topk": True}),
+    "batch": (torch.float64, {"batch_topk": True, "multi_topk": True, "moments": "8bit", "adam_eps": 1e-5}),
 }
 
 
@@ -225,6 +225,7 @@ class Tokens(TensorActivations):
 
 
 def rank_trains(latent_ranks: int) -> dict[str, Any]:
+    eight_bit.LEAST_BLOCK = D
     with connect(latent_ranks, "cpu") as layout:
         outcomes = {}
         for way, (dtype, options) in WAYS.items():
@@ -290,6 +291,7 @@ def rank_trains_until(folder: str, latent_ranks: int, killed_after: int, way: st
     def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    eight_bit.LEAST_BLOCK = D
     dtype, options = WAYS[way]
     with connect(latent_ranks, "cpu") as layout:
         last = layout.rank == layout.size - 1

@@ -207,7 +207,7 @@ def test_the_least_work_of_a_training_step() -> None:
     assert one.flops / (2 * 1024 * 20480 * 1280) == pytest.approx(1.00625)
     assert train_step.work(dead).flops / one.flops == pytest.approx(1.2236, rel=1e-3)
     assert [case.M * case.N for case in train_step.cases("cuda")][-1] == 4096 * 131072
-    few = ["dense eager", "eai-sparsify", "ours cpu", "ours cpu, bfloat16 moments"]
+    few = ["dense eager", "eai-sparsify", "ours cpu", "ours cpu, bfloat16 moments", "ours cpu, 8bit moments"]
     assert train_step.competitors(train_step.cases("cpu")[2], "cpu") == few
 
 

@@ -201,9 +201,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gradient_norms(const Tensor& 
 
 void adam_latents(const Tensor& pairs, const Tensor& starts, const Tensor& kept, const std::vector<Tensor>& grads,
                   const Tensor& x, const Tensor& b_dec, const std::vector<Tensor>& dense_rows, const Tensor& W_enc,
-                  const Tensor& W_dec, const std::vector<Tensor>& moments, const std::optional<Tensor>& scale,
-                  const std::optional<Tensor>& shadow, bool unit_norm, int64_t step, double lr, double beta1,
-                  double beta2, double eps) {
+                  const Tensor& W_dec, const std::vector<Tensor>& moments, const std::vector<Tensor>& scales,
+                  const std::optional<Tensor>& scale, const std::optional<Tensor>& shadow, bool unit_norm, int64_t step,
+                  double lr, double beta1, double beta2, double eps) {
   const auto run = [&](auto number) {
     using T = decltype(number);
     const int64_t num_latents = W_enc.size(0), d = W_enc.size(1);
@@ -216,8 +216,8 @@ void adam_latents(const Tensor& pairs, const Tensor& starts, const Tensor& kept,
                                    num_latents,
                                    {gradients.data(), x.const_data_ptr<T>(), b_dec.const_data_ptr<T>(), d}};
     const DenseRows<T> dense(dense_rows, num_latents, d);
-    const auto job = [&](const Tensor& W, int first, const std::optional<Tensor>& copy, bool unit) {
-      return adam_job<T>(W, moments[first], moments[first + 1], scale, copy, step, lr, beta1, beta2, eps, unit, unit);
+    const auto job = [&](const Tensor& W, size_t first, const std::optional<Tensor>& copy, bool unit) {
+      return adam_job<T>(W, moments, scales, first, scale, copy, step, lr, beta1, beta2, eps, unit, unit);
     };
     const KeptRows places(sorted.starts, num_latents, x.size(0));
     sum_latents(sorted, std::nullopt,
@@ -235,8 +235,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(saemnesia_fast_cpu, m) {
       "Tensor W_dec, Tensor b_dec, Tensor[] dense) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "adam_latents(Tensor pairs, Tensor starts, Tensor kept, Tensor[] grads, Tensor x, Tensor b_dec, Tensor[] dense, "
-      "Tensor(a!) W_enc, Tensor(b!) W_dec, Tensor(c!)[] moments, Tensor? scale, Tensor(d!)? shadow, bool unit_norm, "
-      "int step, float lr, float beta1, float beta2, float eps) -> ()");
+      "Tensor(a!) W_enc, Tensor(b!) W_dec, Tensor(c!)[] moments, Tensor(d!)[] scales, Tensor? scale, "
+      "Tensor(e!)? shadow, bool unit_norm, int step, float lr, float beta1, float beta2, float eps) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(saemnesia_fast_cpu, CPU, m) {

@@ -16,12 +16,13 @@ void update(const AdamJob<T>& job, const T* grad, int64_t rows) {
   });
 }
 
-void adam_rows(const Tensor& W, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-               const std::optional<Tensor>& scale, const std::optional<Tensor>& shadow, int64_t step, double lr,
-               double beta1, double beta2, double eps, bool remove_parallel, bool unit_norm) {
+void adam_rows(const Tensor& W, const Tensor& grad, const std::vector<Tensor>& moments,
+               const std::vector<Tensor>& scales, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& shadow, int64_t step, double lr, double beta1, double beta2, double eps,
+               bool remove_parallel, bool unit_norm) {
   const auto run = [&](auto number) {
     using T = decltype(number);
-    update(adam_job<T>(W, exp_avg, exp_avg_sq, scale, shadow, step, lr, beta1, beta2, eps, remove_parallel, unit_norm),
+    update(adam_job<T>(W, moments, scales, 0, scale, shadow, step, lr, beta1, beta2, eps, remove_parallel, unit_norm),
            grad.const_data_ptr<T>(), W.size(0));
   };
   is_double(W) ? run(double()) : run(float());

@@ -71,6 +71,14 @@ struct HostLanes {
     }
   }
 
+  static constexpr int kHeldOfBlock = kMostBlock;
+
+  template <typename Use>
+  inline __attribute__((always_inline)) void each_held(int64_t count, const Use& use) const {
+    each(count, [&](int64_t c) { use(c, c); });
+  }
+
+  uint32_t largest(uint32_t number) const { return number; }
   void sync() const {}
 };
 

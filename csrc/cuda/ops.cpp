@@ -135,14 +135,15 @@ Tensor gather_dot_op(const Tensor& latents, const Tensor& W, const Tensor& grad)
   return out;
 }
 
-void adam_rows_op(const Tensor& W, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                  const std::optional<Tensor>& scale, const std::optional<Tensor>& shadow, int64_t step, double lr,
-                  double beta1, double beta2, double eps, bool remove_parallel, bool unit_norm) {
+void adam_rows_op(const Tensor& W, const Tensor& grad, const std::vector<Tensor>& moments,
+                  const std::vector<Tensor>& scales, const std::optional<Tensor>& scale,
+                  const std::optional<Tensor>& shadow, int64_t step, double lr, double beta1, double beta2, double eps,
+                  bool remove_parallel, bool unit_norm) {
   const OnDevice device(W);
   const auto run = [&](auto number) {
     using T = decltype(number);
-    const auto job =
-        adam_job<T>(W, exp_avg, exp_avg_sq, scale, shadow, step, lr, beta1, beta2, eps, remove_parallel, unit_norm);
+    const auto job = adam_job<T>(W, moments, scales, 0, scale, shadow, step, lr, beta1, beta2, eps, remove_parallel,
+                                 unit_norm);
     OnDevice::check(
         adam_rows(job, grad.const_data_ptr<T>(), W.size(0), packed(job.d, W, grad), device.stream()));
   };

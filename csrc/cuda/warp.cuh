@@ -89,6 +89,27 @@ struct Warp {
     }
   }
 
+  static constexpr int kHeldOfBlock = kMostBlock / kWarp;
+
+  template <typename Use>
+  __device__ __forceinline__ void each_held(int64_t count, const Use& use) const {
+    SAEMNESIA_UNROLL
+    for (int h = 0; h < kHeldOfBlock; ++h) {
+      if (h * kWarp + lane < count) {
+        use(int64_t(h * kWarp + lane), h);
+      }
+    }
+  }
+
+  __device__ __forceinline__ uint32_t largest(uint32_t number) const {
+    SAEMNESIA_UNROLL
+    for (int half = kWarp / 2; half > 0; half /= 2) {
+      const uint32_t other = __shfl_xor_sync(kAll, number, half);
+      number = number > other ? number : other;
+    }
+    return number;
+  }
+
   __device__ __forceinline__ void sync() const { __syncwarp(); }
 };
 

@@ -16,13 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import eight_bit as _eight_bit
 from . import registration as _registration
 from . import validation as _check
 from .backend import backend_report, current_backend, use_backend
+from .eight_bit import EightBit
 from .reference import DenseRows, LatentGradients, LatentMoments, PairTerms, SparseGradients
 
 __all__ = [
     "DenseRows",
+    "EightBit",
     "LatentGradients",
     "LatentMoments",
     "PairTerms",
@@ -340,10 +343,11 @@ def adam_latents(
     """One step of Adam on W_enc and W_dec [N, d], in place (SPEC 4.1): `adam_rows` on each.
 
     W_dec with `remove_parallel` and `unit_norm` if `unit_norm`, W_enc without. `shadow` is W_enc's. All else as there,
-    the weights in the dtype of the gradients. A latent without pairs takes its step with a gradient of zero.
+    the weights in the dtype of the gradients; moments may also be in 8 bits (`EightBit`), as torchao's `Adam8bit` keeps
+    them. A latent without pairs takes its step with a gradient of zero.
     """
     _check.check_adam_latents(gradients, W_enc, W_dec, moments, step, scale, shadow)
     scale = None if scale is None else scale.to(W_enc.dtype)
     gradients.adam(W_enc, W_dec, moments, scale, shadow, unit_norm, step, lr, *betas, eps)
-    written = (W_enc, W_dec, *moments, shadow)
+    written = (W_enc, W_dec, *(part for moment in moments for part in _eight_bit.parts(moment)), shadow)
     torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from . import backend, eager_backend, reference
+from .eight_bit import as_given
 from .gradients import GradientSlots
-from .reference import DenseRows, PairTerms, SparseGradients
+from .reference import DenseRows, LatentMoments, PairTerms, SparseGradients
 
 _ops = torch.ops.saemnesia_fast_cpu
 
@@ -87,7 +88,11 @@ class _Slots(GradientSlots):
         dense_rows = [] if dense is None else [dense.latents.long(), *(rows.to(dtype) for rows in dense[1:])]
         dense_rows = [rows.contiguous() for rows in dense_rows]
         squared_norm, db_enc, *kept = self.library.gradient_norms(*given, dense_rows)
-        adam = partial(self.library.adam_latents, *kept, given.grads, given.x, given.b_dec, dense_rows)
+
+        def adam(W_enc: Tensor, W_dec: Tensor, moments: LatentMoments, *arguments: Any) -> None:
+            rows = (*kept, given.grads, given.x, given.b_dec, dense_rows)
+            self.library.adam_latents(*rows, W_enc, W_dec, *as_given(moments), *arguments)
+
         return SparseGradients(squared_norm, db_enc, W_dec.shape, adam)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import backend, reference
+from .eight_bit import Moment, as_given
 from .reference import DenseRows, LatentGradients, PairTerms, SparseGradients, compute_dtype
 
 
@@ -152,14 +153,14 @@ class GradientSlots(NamedTuple):
         latents = indices.reshape(-1, indices.shape[-1]).to(torch.int32).contiguous()
         return self.library.gather_dot(latents, self._weight(rows, dtype), _rows(grad, dtype)).view(indices.shape)
 
-    def adam_rows(self, *arguments: Any) -> None:
-        self.library.adam_rows(*arguments)
+    def adam_rows(self, W: Tensor, grad: Tensor, exp_avg: Moment, exp_avg_sq: Moment, *arguments: Any) -> None:
+        self.library.adam_rows(W, grad, *as_given((exp_avg, exp_avg_sq)), *arguments)
 
     def sparse_gradients(
         self, terms: Sequence[PairTerms], x: Tensor, W_dec: Tensor, b_dec: Tensor, dense: DenseRows | None
     ) -> SparseGradients:
         return reference.sparse_gradients(
-            terms, x, W_dec, b_dec, dense, gradients=self.latent_gradients, adam=self.library.adam_rows
+            terms, x, W_dec, b_dec, dense, gradients=self.latent_gradients, adam=self.adam_rows
         )
 
     def register(self, name: str, refuse: Callable[[torch.device], backend.Refusal | None]) -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .eight_bit import EightBit, Moment, parts, quantized, widened
+
 ROWS_PER_GEMM = 128
 
 ADAM_ELEMENTS = 1 << 16
@@ -78,12 +80,12 @@ class SparseGradients(NamedTuple):
 
 
 class LatentMoments(NamedTuple):
-    """Adam's moments of W_enc and W_dec, [N, d] each, in the weights' dtype or in bfloat16."""
+    """Adam's moments of W_enc and W_dec, [N, d] each, in the weights' dtype, in bfloat16, or all in 8 bits."""
 
-    exp_avg_enc: Tensor
-    exp_avg_sq_enc: Tensor
-    exp_avg_dec: Tensor
-    exp_avg_sq_dec: Tensor
+    exp_avg_enc: Moment
+    exp_avg_sq_enc: Moment
+    exp_avg_dec: Moment
+    exp_avg_sq_dec: Moment
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -349,8 +351,8 @@ def _rounded(wide: Tensor, noise: Tensor) -> Tensor:
 def adam_rows(
     W: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: Moment,
+    exp_avg_sq: Moment,
     scale: Tensor | None,
     shadow: Tensor | None,
     step: int,
@@ -375,21 +377,26 @@ def adam_rows(
     kept = None if on_cpu or scale is None else scale.isnan()
     d = W.shape[1]
     at_once = max(1, ADAM_ELEMENTS // d if on_cpu else len(W))
+    written = (W, *parts(exp_avg), *parts(exp_avg_sq), shadow)
     for first in range(0, len(W), at_once):
         rows = slice(first, first + at_once)
-        some = (W[rows], grad[rows], exp_avg[rows], exp_avg_sq[rows], scale, first * d)
+        some = (W[rows], grad[rows], _rows(exp_avg, rows), _rows(exp_avg_sq, rows), scale, first * d)
         new = _adam(*some, step, lr, beta1, beta2, eps, remove_parallel, unit_norm)
-        for whole, updated in zip((W, exp_avg, exp_avg_sq, shadow), (*new, new[0]), strict=True):
+        for whole, updated in zip(written, (*new, new[0]), strict=True):
             if whole is not None:
                 old = whole[rows]
                 old.copy_(updated if kept is None else torch.where(kept, old, updated.to(old.dtype)))
 
 
+def _rows(moment: Moment, rows: slice) -> Moment:
+    return EightBit(*(part[rows] for part in moment)) if isinstance(moment, EightBit) else moment[rows]
+
+
 def _adam(
     W: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: Moment,
+    exp_avg_sq: Moment,
     scale: Tensor | None,
     first: int,
     step: int,
@@ -399,13 +406,16 @@ def _adam(
     eps: float,
     remove_parallel: bool,
     unit_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """New rows, exp_avg and exp_avg_sq for rows of which the first element is number `first` of all."""
+) -> tuple[Tensor, ...]:
+    """New rows, and the parts of their exp_avg and exp_avg_sq; their first element is number `first` of all."""
     g = grad if scale is None else grad * scale
     if remove_parallel:
         squared = W.square().sum(1, keepdim=True)
         g = g - torch.where(squared > 0, (g * W).sum(1, keepdim=True) / squared, 0) * W
-    m, v = exp_avg.to(W.dtype), exp_avg_sq.to(W.dtype)
+    m, v = (
+        (widened(moment, signed) if isinstance(moment, EightBit) else moment).to(W.dtype)
+        for moment, signed in ((exp_avg, True), (exp_avg_sq, False))
+    )
     m = (g - m).mul_(1 - beta1).add_(m)
     v = (beta2 * v).add_(((1 - beta2) * g).mul_(g))
     change = (lr / (1 - beta1**step) * m).div_(v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps))
@@ -413,6 +423,9 @@ def _adam(
     if unit_norm:
         norm = torch.linalg.vector_norm(updated, dim=1, keepdim=True)
         updated /= torch.where(norm > 0, norm, 1)
+    if isinstance(exp_avg, EightBit):
+        blocks = exp_avg.scale.shape[1]
+        return updated, *quantized(m, blocks, signed=True), *quantized(v, blocks, signed=False)
     if exp_avg.dtype != W.dtype:
         noise = _noise(first, W.numel(), step, W.device)
         m, v = _rounded(m, noise & 0xFFFF), _rounded(v, noise >> 16)

@@ -1,10 +1,11 @@
 """Argument checks of the public ops: ValueError or TypeError naming argument, symbols and actual shape (SPEC 7.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from .eight_bit import MOST_BLOCK, EightBit
 from .reference import DenseRows, LatentGradients, LatentMoments, PairTerms, SparseGradients, compute_dtype
 
 MODES = ("exact", "released", "reconstruct")
@@ -14,14 +15,19 @@ SHADOWS = (torch.float16, torch.bfloat16)
 
 def check_tensor(name: str, tensor: object, like: Tensor | None = None, integer: bool = False) -> None:
     """Raise unless `tensor` is a floating (or `integer`: int32 or int64) tensor on the device of `like`."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    tensor = _check_placed(name, tensor, like)
     if integer and tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64, got {tensor.dtype}")
     if not integer and not tensor.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+
+
+def _check_placed(name: str, tensor: object, like: Tensor | None) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device} as of the tokens, got {tensor.device}")
+    return tensor
 
 
 def check_shape(name: str, tensor: Tensor, symbols: str, sizes: Sequence[int | None], match: str) -> None:
@@ -150,18 +156,41 @@ def check_adam_latents(
     db_enc = gradients.db_enc
     check_tensor("W_enc", W_enc, like=db_enc)
     check_shape("W_enc", W_enc, "N, d", gradients.shape, "the gradients")
-    of_moments = (W_enc.dtype, torch.bfloat16)
-    of_others = (moments.exp_avg_enc.dtype,)
-    names = (f"moments.{name}" for name in moments._fields)
     _check_alike(
         "W_enc",
         W_enc,
         ("W_enc", W_enc, (db_enc.dtype,)),
         ("W_dec", W_dec, (db_enc.dtype,)),
-        *zip(names, moments, (of_moments, of_others, of_others, of_others), strict=True),
+        *_as_tensors(moments, W_enc),
         ("shadow", shadow, SHADOWS),
     )
     check_step(W_enc, step, scale)
+
+
+def _as_tensors(moments: LatentMoments, W: Tensor) -> Iterator[tuple[str, Tensor, tuple[torch.dtype, ...]]]:
+    """The moments for `_check_alike`, the scales of those in 8 bits checked."""
+    first = moments[0]
+    short = () if isinstance(first, EightBit) else (first.dtype,)
+    for field, moment in zip(moments._fields, moments, strict=True):
+        name = f"moments.{field}"
+        if isinstance(moment, EightBit) != isinstance(first, EightBit):
+            raise TypeError(f"{name}: expected {type(first).__name__} as the first, got {type(moment).__name__}")
+        if isinstance(moment, EightBit):
+            yield f"{name}.codes", moment.codes, (torch.uint8,)
+            _check_block_scales(f"{name}.scale", moment.scale, W)
+        else:
+            yield name, moment, short if moment is not first else (W.dtype, torch.bfloat16)
+
+
+def _check_block_scales(name: str, scale: Tensor, W: Tensor) -> None:
+    check_tensor(name, scale, like=W)
+    (rows, d), blocks = W.shape, scale.shape[-1] if scale.dim() else 0
+    fits = blocks and d % blocks == 0 and d // blocks <= MOST_BLOCK and scale.shape == (rows, blocks)
+    if not fits or scale.dtype != torch.float32 or not scale.is_contiguous():
+        raise ValueError(
+            f"{name}: expected [N={rows}, B] contiguous, torch.float32, of blocks of d / B <= {MOST_BLOCK} numbers, "
+            f"got {list(scale.shape)}, {scale.dtype}, strides {list(scale.stride())}"
+        )
 
 
 def _check_alike(first: str, like: Tensor, *tensors: tuple[str, Tensor | None, tuple[torch.dtype, ...]]) -> None:
@@ -169,7 +198,7 @@ def _check_alike(first: str, like: Tensor, *tensors: tuple[str, Tensor | None, t
     for name, tensor, dtypes in tensors:
         if tensor is None:
             continue
-        check_tensor(name, tensor, like=like)
+        _check_placed(name, tensor, like)
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
         if tensor.shape != like.shape or not tensor.is_contiguous():

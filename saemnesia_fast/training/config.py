@@ -41,7 +41,8 @@ class TrainConfig:
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of W_enc and the tokens while encoding; the weights that are trained stay float32."""
     moments: Literal["float32", "bfloat16", "8bit"] = "float32"
-    """Precision of Adam's moments of W_enc and W_dec; 8bit needs torchao, an adam_eps >= 1e-6, and stored gradients."""
+    """Precision of Adam's moments of W_enc and W_dec. 8bit, torchao's format, needs an adam_eps >= 1e-6; and torchao
+    itself, which takes stored gradients, where d is not a multiple of 64."""
     lr: float = 4e-4
     """Peak learning rate."""
     lr_schedule: Literal["linear", "constant"] = "linear"

@@ -1,7 +1,8 @@
-"""Adam with 8-bit moments, through the `torchao` package."""
+"""Adam with 8-bit moments where `optim.Adam` has none: through the `torchao` package, whose format both keep."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,10 +12,19 @@ from torch import Tensor
 from saemnesia_fast import ops
 from saemnesia_fast.ops import DenseRows, PairTerms
 from saemnesia_fast.sae import TopKSAE
-from saemnesia_fast.training.optim import normalize_rows, remove_parallel_gradient
+from saemnesia_fast.training.optim import named_parts, normalize_rows, remove_parallel_gradient
 
 if TYPE_CHECKING:
     from saemnesia_fast.training.step import BatchGradient
+
+
+LEAST_BLOCK = 64
+"""Numbers to a scale, from which on `optim.Adam` has moments in 8 bits."""
+
+
+def needs_torchao(d: int) -> bool:
+    """Whether the blocks of numbers that share a scale do not lie in the rows of weights [N, d]."""
+    return math.gcd(d, 256) < LEAST_BLOCK
 
 
 class StoredGradients(NamedTuple):
@@ -78,7 +88,7 @@ class EightBitAdam:
         state: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             for key, kept in self._torchao.state[parameter].items():
-                state |= {f"{name}.{key}{part}": tensor for part, tensor in _parts(kept).items()}
+                state |= {f"{name}.{key}{part}": tensor for part, tensor in named_parts(kept).items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -91,14 +101,7 @@ class EightBitAdam:
             for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
                 kept[key] = self._torchao._new_buffer(parameter, signed)
             for key, tensor in kept.items():
-                for part, own in _parts(tensor).items():
+                for part, own in named_parts(tensor).items():
                     own.copy_(state[f"{name}.{key}{part}"])
         if self.encoder is not None:
             self.encoder.copy_(self._sae.W_enc.detach())
-
-
-def _parts(tensor: Any) -> dict[str, Tensor]:
-    """The tensors of which an 8-bit one consists, by the endings of their names; of others, itself."""
-    if type(tensor) is Tensor:
-        return {"": tensor}
-    return {f".{part}": getattr(tensor, part) for part in ("codes", "scale")}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from saemnesia_fast import ops
-from saemnesia_fast.ops import LatentMoments
+from saemnesia_fast.ops import EightBit, LatentMoments
 from saemnesia_fast.sae import TopKSAE
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ class Adam:
     """Adam on an SAE's parameters, whose large gradients are used where they arise and never stored.
 
     Moments of W_enc and W_dec are of `moments` dtype (None: that of the weights; bfloat16: half the memory, rounded so
-    that their mean is kept). `encoder` is W_enc in `encoder_dtype`, kept up to date.
+    that their mean is kept; uint8: a quarter, in torchao's format). `encoder` is W_enc in `encoder_dtype`, kept up to
+    date.
     """
 
     collect = staticmethod(ops.sparse_gradients)
@@ -35,7 +36,9 @@ class Adam:
         self._sae = sae
         self._eps = eps
         rows = (sae.W_enc.data, sae.W_enc.data, sae.W_dec.data, sae.W_dec.data)
-        self._latents = LatentMoments(*(torch.zeros_like(W, dtype=moments) for W in rows))
+        self._latents = LatentMoments(
+            *(EightBit.zeros_like(W) if moments == torch.uint8 else torch.zeros_like(W, dtype=moments) for W in rows)
+        )
         self._b_enc, self._b_dec = (
             (torch.zeros_like(b), torch.zeros_like(b)) for b in (sae.b_enc.data, sae.b_dec.data)
         )
@@ -64,10 +67,11 @@ class Adam:
         ops.adam_rows(sae.b_dec, gradient.db_dec, *self._b_dec, number, lr, eps=eps, scale=scale)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The moments, named after the parameters."""
+        """The moments, named after the parameters; those in 8 bits in their parts."""
         names = ("exp_avg", "exp_avg_sq")
         parameters = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
-        return dict(zip((f"{p}.{name}" for p in parameters for name in names), self._tensors(), strict=True))
+        moments = zip((f"{p}.{name}" for p in parameters for name in names), self._moments(), strict=True)
+        return {f"{name}{ending}": part for name, moment in moments for ending, part in named_parts(moment).items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up moments, and the SAE's present weights."""
@@ -76,8 +80,15 @@ class Adam:
         if self.encoder is not None:
             self.encoder.copy_(self._sae.W_enc.detach())
 
-    def _tensors(self) -> list[Tensor]:
+    def _moments(self) -> list[Tensor | EightBit]:
         return [*self._latents, *self._b_enc, *self._b_dec]
+
+
+def named_parts(moment: Any) -> dict[str, Tensor]:
+    """The tensors of which an 8-bit one, ours or torchao's, consists, by the endings of their names; or itself."""
+    if type(moment) is Tensor:
+        return {"": moment}
+    return {f".{part}": getattr(moment, part) for part in ("codes", "scale")}
 
 
 def clip_scale(norm: Tensor, largest: float) -> Tensor:

@@ -24,7 +24,7 @@ from saemnesia_fast.training.checkpoint import (
     save_checkpoint,
 )
 from saemnesia_fast.training.config import TrainConfig
-from saemnesia_fast.training.eight_bit import EightBitAdam
+from saemnesia_fast.training.eight_bit import LEAST_BLOCK, EightBitAdam, needs_torchao
 from saemnesia_fast.training.labelled import LabelledImages
 from saemnesia_fast.training.layout import ALONE, Layout
 from saemnesia_fast.training.loss import total_variance
@@ -111,8 +111,6 @@ class Trainer:
         self.supervision = supervision
         self.extra: dict[str, Any] = {}
         """Plain JSON of the caller's for checkpoints, from which it is restored, and for the record of the run."""
-        if config.moments == "8bit" and layout.latents_size > 1:
-            raise ValueError("moments: expected float32 or bfloat16 where processes share the latents, got 8bit")
         self.device = layout.device or config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.step = 0
         self.tokens = 0
@@ -332,11 +330,16 @@ class Trainer:
         sae.cfg = sae.cfg.replace(batch_topk=config.batch_topk, multi_topk=config.multi_topk)
         dtype = torch.float64 if sae.W_dec.dtype == torch.float64 else torch.float32
         self.sae = self.layout.own_latents(sae).to(self.device, dtype).requires_grad_(False)
-        encoder = _short(config.compute_dtype)
-        if config.moments == "8bit":
-            self._adam = EightBitAdam(sae, config.adam_eps, encoder)
+        encoder, moments = _short(config.compute_dtype), _short(config.moments)
+        if moments != torch.uint8 or not needs_torchao(sae.d):
+            self._adam = Adam(sae, config.adam_eps, moments, encoder)
+        elif self.layout.latents_size > 1:
+            raise ValueError(
+                "moments: expected float32 or bfloat16 where processes share the latents, unless d is a multiple of "
+                f"{LEAST_BLOCK}, got 8bit with d={sae.d}"
+            )
         else:
-            self._adam = Adam(sae, config.adam_eps, _short(config.moments), encoder)
+            self._adam = EightBitAdam(sae, config.adam_eps, encoder)
         self.activity = LatentActivity(
             sae.num_latents,
             config.dead_after,
@@ -480,7 +483,8 @@ def _steps_of_one_pass(data: TokenBatches) -> int:
 
 def _short(name: str) -> torch.dtype | None:
     """The dtype of that name; None for that of the weights."""
-    return None if name == "float32" else getattr(torch, name)
+    short = {"float32": None, "8bit": torch.uint8}
+    return short[name] if name in short else getattr(torch, name)
 
 
 def _facts(x: Tensor, variance: Tensor, accepted: Tensor) -> Tensor:
