@@ -14,10 +14,11 @@ from saemnesia_fast.evaluation.units import described
 from saemnesia_fast.files import read_json
 from saemnesia_fast.minicanvas import build
 from saemnesia_fast.minicanvas.build import BuildConfig, Builder
-from saemnesia_fast.minicanvas.canvas import WEIGHTS, MiniCanvas, requests
+from saemnesia_fast.minicanvas.canvas import WEIGHTS, MiniCanvas, load_sparse, requests
 from saemnesia_fast.minicanvas.classifier import accuracy
 from saemnesia_fast.minicanvas.drawing import OBJECTS, STYLES, draw_all
-from saemnesia_fast.minicanvas.settings import HOOK_POINTS, SETTINGS
+from saemnesia_fast.minicanvas.methods import SUPERVISED, methods
+from saemnesia_fast.minicanvas.settings import HOOK_POINTS, SETTINGS, SUPERVISED_SETTINGS, Supervision
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 BARS = {"object": {"UA": 92, "IRA": 97, "CRA": 98}, "style": {"UA": 85, "IRA": 93, "CRA": 93}}
@@ -45,6 +46,20 @@ def test_the_weights_are_small_float16_safetensors():
 
 def test_the_settings_that_are_shipped_are_those_of_the_code(canvas):
     assert canvas.settings == SETTINGS
+    assert load_sparse(SUPERVISED)[2] == SUPERVISED_SETTINGS
+
+
+def test_every_concept_has_a_supervised_latent_that_stands_out_more_than_its_best_one_did(canvas):
+    saes, tables, _ = load_sparse(SUPERVISED)
+    for kind, setting in SUPERVISED_SETTINGS.items():
+        for point in setting.strength:
+            before, table = canvas.tables[point], tables[point]
+            table.check_sae(saes[point])
+            assert len(set(table.assignment.values())) == len(table.concepts) == len(OBJECTS) + len(STYLES)
+            for name in (name for name, its in zip(table.concepts, table.kinds, strict=True) if its == kind):
+                own = table.scores(name).mean(0)[table.assignment[name]]
+                assert own > before.scores(name).mean(0).max()
+                assert own == table.scores(name).mean(0).max()
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in BARS for name in BARS[kind]])
@@ -87,6 +102,15 @@ def test_an_erased_object_disappears_and_the_rest_stays(canvas):
     )
 
 
+def test_one_supervised_latent_erases_a_style_and_the_rest_stays(canvas):
+    (method,) = methods(["saemnesia-exact"], canvas)
+    wanted = requests(1, seed=9_000_000)
+    with method.erased(canvas.pipe, ["mosaic"]):
+        erased = canvas.paint(wanted)
+    scores = canvas.scores(erased, wanted, ["mosaic"])["style"]
+    assert scores.UA >= 85 and scores.IRA >= 93 and scores.CRA >= 90
+
+
 def test_demo_writes_picture_and_scores(tmp_path, capsys):
     main(["demo", "--object", "moon", "--style", "neon", "--images", "1", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -107,11 +131,13 @@ def test_demo_names_the_concepts_it_knows(tmp_path):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """A builder that paints in three steps, and measures on one picture of each combination."""
+    """A builder that paints in three steps, one picture of each combination, and teaches for one pass."""
     canvas = Builder.canvas
     monkeypatch.setattr(Builder, "canvas", lambda self: replace(canvas(self), steps=3))
     monkeypatch.setattr(build, "draw_all", lambda count, seed: draw_all(min(count, 2), seed))
     monkeypatch.setattr(build, "requests", lambda count, seed: requests(1, seed))
+    monkeypatch.setattr(build, "PROMPT_TEMPLATES", build.PROMPT_TEMPLATES[:1])
+    monkeypatch.setattr(build, "SUPERVISION", Supervision(epochs=1, images=48))
 
 
 @pytest.mark.slow
@@ -132,11 +158,25 @@ def test_the_builder_makes_everything_from_nothing_and_resumes(tmp_path, hasty):
     )
     record = Builder(config).run()
     stages = ["autoencoder", "judge", "text_encoder", "unet", "activations", "sparse_autoencoders", "concepts"]
-    assert list(record["stages"]) == stages
+    assert list(record["stages"]) == [*stages, "supervised"]
     made = MiniCanvas.load(config.out)
     with made.erased(["fish", "neon"]) as erasures:
         assert made.paint(requests(1, seed=0)[:2]).isfinite().all()
         assert {point for one in erasures for point in one.hook_points} == set(made.saes)
+    _, supervised = methods(["saeuron-exact", "saemnesia-exact"], made, config.out / "supervised")
+    with supervised.erased(made.pipe, ["fish", "neon"]):
+        assert made.paint(requests(1, seed=0)[:2]).isfinite().all()
     before = (tmp_path / "work" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     assert Builder(config).run() == record
     assert (tmp_path / "work" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
+
+    again = replace(config, work=tmp_path / "again", start=config.out, out=tmp_path / "second")
+    assert list(Builder(again).run()["stages"]) == [*stages[:4], *stages[5:], "activations", "supervised"]
+    for name in ("settings.json", "sae", "concepts"):
+        assert contents(again.out / "supervised" / name) == contents(config.out / "supervised" / name)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Of a file, or of all in a folder."""
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+    return {str(one.relative_to(path)): one.read_bytes() for one in files}

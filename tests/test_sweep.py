@@ -92,6 +92,13 @@ def test_a_run_may_paint_a_part_of_the_pictures_that_asks_for_everything(search,
     assert len(full.missing()) == 6 * 3 + 1
 
 
+def test_some_concepts_may_be_searched_for(search, tmp_path):
+    plan = replace(search, concepts=("dog",)).plan(TinyBenchmark(), (5,), tmp_path, retained=4)
+    assert [case.erased for case in plan.cases] == [("dog",)]
+    with pytest.raises(ValueError, match=r"concepts: expected some of the kinds object, got \['sketch'\]"):
+        replace(search, concepts=("dog", "sketch")).plan(TinyBenchmark(), (5,), tmp_path, retained=4)
+
+
 def test_the_tables_keep_what_was_found_where_their_kind_is_erased(search, tables, tmp_path):
     best = {"strength": -10.0, "num_latents": 1, "scale": "constant", "reselect": False}
     store({"concepts": {"cat": {"best": best}}}, search, tables, CLASSES)
@@ -203,18 +210,19 @@ def test_the_command_line_searches_on_minicanvas(tmp_path, monkeypatch, capsys):
         strengths=(-4.0,),
         set_sizes=(2,),
         kinds=("style",),
+        concepts=("neon", "mosaic"),
         retained=2,
         out=tmp_path,
         processes=1,
     )
     command.run()
     found = read_json(tmp_path / "sweep.json")
-    assert (found["runs_per_concept"], found["runs"]) == (1, 6)
+    assert (found["runs_per_concept"], found["runs"]) == (1, 2)
     points = MiniCanvas.load().settings["style"].strength
     for point in points:
         table = ConceptTable.load(tmp_path / "concepts" / point)
         assert table.settings == {name: one["best"] for name, one in found["concepts"].items()}
-        assert set(table.settings) == {"sketch", "neon", "mosaic", "watercolor", "pop art", "woodcut"}
-    assert "1 runs a concept, 6 in all" in capsys.readouterr().out
+        assert set(table.settings) == {"neon", "mosaic"}
+    assert "1 runs a concept, 2 in all" in capsys.readouterr().out
     with pytest.raises(ValueError, match="minicanvas: expected --minicanvas"):
         Sweep().run()

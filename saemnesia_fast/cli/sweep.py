@@ -36,6 +36,8 @@ class Sweep:
     """What multiplies the strength; as in the folder's settings if not given."""
     kinds: tuple[Literal["object", "style"], ...] = ("object", "style")
     """Kinds of concepts to search for."""
+    concepts: tuple[str, ...] = ()
+    """Concepts to search for; all of the kinds if not given."""
     seeds: tuple[int, ...] = (90,)
     """Seeds of the pictures; others than those of an evaluation."""
     retained: int = 12
@@ -88,7 +90,7 @@ class Sweep:
             settings = {kind: replace(setting, scale=self.scale) for kind, setting in sparse.settings.items()}
             sparse = replace(sparse, settings=settings)
         sizes: tuple[int | None, ...] = self.set_sizes or ((None,) if self.method == "saemnesia" else SET_SIZES)
-        search = Search(sparse, self.strengths or STRENGTHS, sizes, self.kinds)
+        search = Search(sparse, self.strengths or STRENGTHS, sizes, self.kinds, self.concepts)
         return search, search.plan(canvas, self.seeds, self.out / "units", self.retained, self.threads)
 
     def paint(self, shard: tuple[int, int]) -> None:

@@ -31,6 +31,8 @@ class Search:
     num_latents: Sequence[int | None] = (None,)
     """Set sizes; None is the assigned latent."""
     kinds: Collection[str] = field(default=("object", "style"))
+    concepts: Collection[str] = ()
+    """All of the kinds if empty."""
 
     def __post_init__(self) -> None:
         if not self.strengths or not self.num_latents:
@@ -41,6 +43,10 @@ class Search:
     ) -> Plan:
         """Every setting as a method of its own, erasing every concept alone."""
         found = cases("single", benchmark.classes, self.kinds)
+        unknown = set(self.concepts) - {name for case in found for name in case.erased}
+        if unknown:
+            raise ValueError(f"concepts: expected some of the kinds {', '.join(self.kinds)}, got {sorted(unknown)}")
+        found = [case for case in found if not self.concepts or case.erased[0] in self.concepts]
         return Plan(benchmark, self.methods(), found, seeds, folder, retained, threads)
 
     def methods(self) -> list[SparseErasure]:

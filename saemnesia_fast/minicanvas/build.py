@@ -17,22 +17,26 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionM
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..concepts import collect_concepts
+from ..concepts import ConceptTable, collect_concepts
 from ..files import load_tensors, read_json, save_tensors, write_json
 from ..sae import TopKSAE
 from ..training import (
     CollectConfig,
+    LabelledActivations,
     ShardActivations,
+    SuperviseConfig,
     TrainConfig,
+    assignment_of,
     collect_activations,
     evaluate_sae,
+    supervise_sae,
     train_sae,
 )
 from . import autoencoder, text
 from .canvas import KINDS, WEIGHTS, MiniCanvas, requests
 from .classifier import accuracy, load_judge, train_judge
 from .drawing import OBJECTS, PROMPT_TEMPLATES, STYLES, Pictures, draw_all, prompt_for
-from .settings import HOOK_POINTS, SETTINGS
+from .settings import HOOK_POINTS, SETTINGS, SUPERVISED_SETTINGS, SUPERVISION
 from .unet import build_scheduler, train_unet
 
 logger = logging.getLogger("saemnesia_fast")
@@ -46,6 +50,8 @@ class BuildConfig:
     """Where stages keep what they made; an interrupted build goes on from there."""
     out: Path = WEIGHTS
     """Where the finished float16 weights and their record go."""
+    start: Path | None = None
+    """Finished weights to begin with: the supervised SAEs alone are made, and the activations that they learn from."""
     pictures_per_combination: int = 200
     autoencoder_steps: int = 2000
     judge_steps: int = 1200
@@ -72,6 +78,8 @@ class Builder:
         self.work = config.work
         self.work.mkdir(parents=True, exist_ok=True)
         self.record_file = self.work / "record.json"
+        if config.start is not None and not self.record_file.exists():
+            self.adopt(config.start)
         self.record: dict[str, Any] = read_json(self.record_file) if self.record_file.exists() else {"stages": {}}
 
     def run(self) -> dict[str, Any]:
@@ -84,6 +92,7 @@ class Builder:
             self.activations,
             self.sparse_autoencoders,
             self.concepts,
+            self.supervised,
         ]
         for stage in stages:
             name = stage.__name__
@@ -99,6 +108,17 @@ class Builder:
             logger.info("minicanvas: %s done: %s", name, result)
         export(self)
         return self.record
+
+    def adopt(self, folder: Path) -> None:
+        """Takes the finished weights in `folder` for what the stages before `supervised` made."""
+        record = read_json(folder / "record.json")
+        for part in ("vae", "text_encoder", "tokenizer", "unet"):
+            shutil.copytree(folder / "pipeline" / part, self.work / part, dirs_exist_ok=True)
+        for part in ("sae", "concepts"):
+            shutil.copytree(folder / part, self.work / part, dirs_exist_ok=True)
+        shutil.copy(folder / "judge.safetensors", self.work)
+        kept = {name: one for name, one in record["stages"].items() if name not in ("activations", "supervised")}
+        write_json(self.record_file, {"stages": kept})
 
     def _fit_options(self) -> dict[str, Any]:
         return {"seed": self.config.seed, "progress": self.config.progress}
@@ -231,13 +251,16 @@ class Builder:
         return torch.cat(parts).float()
 
     def concepts(self) -> dict[str, Any]:
+        for name, table in self.tables({name: self.load_sae(name) for name in HOOK_POINTS}).items():
+            table.save(self.work / "concepts" / name)
+        return {f"prompts_per_{kind}": len(concept_prompts()[names[0]]) for kind, names in KINDS.items()}
+
+    def tables(self, saes: dict[str, TopKSAE]) -> dict[str, ConceptTable]:
         canvas = self.canvas()
-        prompts = {o: [prompt_for(o, s, t) for s in STYLES for t in range(len(PROMPT_TEMPLATES))] for o in OBJECTS}
-        prompts |= {s: [prompt_for(o, s, t) for o in OBJECTS for t in range(len(PROMPT_TEMPLATES))] for s in STYLES}
-        tables = collect_concepts(
+        return collect_concepts(
             canvas.pipe,
-            {name: self.load_sae(name) for name in HOOK_POINTS},
-            prompts,
+            saes,
+            concept_prompts(),
             kinds={name: kind for kind, names in KINDS.items() for name in names},
             num_inference_steps=canvas.steps,
             guidance_scale=canvas.guidance_scale,
@@ -246,9 +269,55 @@ class Builder:
             model_id="minicanvas",
             progress=self.config.progress,
         )
-        for name, table in tables.items():
-            table.save(self.work / "concepts" / name)
-        return {"prompts_per_object": len(prompts[OBJECTS[0]]), "prompts_per_style": len(prompts[STYLES[0]])}
+
+    def supervised(self) -> dict[str, Any]:
+        """A second SAE at each hook point, with a latent for each concept (SPEC 4.2)."""
+        out = self.work / "supervised"
+        names = list(concept_prompts())
+        result: dict[str, Any] = {}
+        for point in HOOK_POINTS:
+            table = ConceptTable.load(self.work / "concepts" / point)
+            data = LabelledActivations(
+                self.work / "activations",
+                point,
+                lambda prompt: [name for name in names if f" {name} " in f" {prompt} "],
+                table.concepts,
+                images=SUPERVISION.images,
+                seed=self.config.seed,
+            )
+            config = SuperviseConfig(
+                out_dir=self.work / "supervised_runs",
+                hook_point=point,
+                epochs=SUPERVISION.epochs,
+                lr=SUPERVISION.lr,
+                lr_schedule="linear",
+                negatives=True,
+                rectified=False,
+                dead_after=500_000,
+                seed=self.config.seed,
+                resume=True,
+                progress=self.config.progress,
+            )
+            started = time.monotonic()
+            sae = supervise_sae(config, data, self.load_sae(point), table)
+            sae.half().save_pretrained(out / "sae" / point)
+            result[point] = {"seconds": round(time.monotonic() - started, 1)}
+        saes = {
+            point: TopKSAE.from_pretrained(out / "sae", subfolder=point, dtype=torch.float32) for point in HOOK_POINTS
+        }
+        for point, table in self.tables(saes).items():
+            table.assignment = assignment_of(ConceptTable.load(self.work / "concepts" / point))
+            table.save(out / "concepts" / point)
+            measured = evaluate_sae(saes[point], self.held_out(point))
+            best = {name: float(table.scores(name)[:, latent].mean()) for name, latent in table.assignment.items()}
+            result[point] |= {
+                "fvu": round(measured.fvu, 4),
+                "mean_score": {
+                    kind: round(sum(best[name] for name in of_kind) / len(of_kind), 4)
+                    for kind, of_kind in KINDS.items()
+                },
+            }
+        return result
 
     def load_vae(self) -> AutoencoderTiny:
         return AutoencoderTiny.from_pretrained(self.work / "vae", dtype=torch.float32)
@@ -279,6 +348,14 @@ class Builder:
         return MiniCanvas(pipe, load_judge(self.work))
 
 
+def concept_prompts() -> dict[str, list[str]]:
+    """{concept: the prompts that ask for it}."""
+    return {
+        **{o: [prompt_for(o, s, t) for s in STYLES for t in range(len(PROMPT_TEMPLATES))] for o in OBJECTS},
+        **{s: [prompt_for(o, s, t) for o in OBJECTS for t in range(len(PROMPT_TEMPLATES))] for s in STYLES},
+    }
+
+
 def export(builder: Builder) -> None:
     """Writes the finished weights in float16, the settings and the record to the configured folder."""
     out, work = builder.config.out, builder.work
@@ -292,12 +369,15 @@ def export(builder: Builder) -> None:
         entries.pop("_name_or_path", None)  # where this machine had it
         write_json(path, entries)
     shutil.copy(work / "judge.safetensors", out)
-    for name in sorted({point for setting in SETTINGS.values() for point in setting.strength}):
-        for part in ("sae", "concepts"):
-            shutil.copytree(work / part / name, out / part / name)
-    write_json(out / "settings.json", {kind: asdict(setting) for kind, setting in SETTINGS.items()})
+    for folder, settings in (("", SETTINGS), ("supervised", SUPERVISED_SETTINGS)):
+        for point in sorted({point for setting in settings.values() for point in setting.strength}):
+            for part in ("sae", "concepts"):
+                shutil.copytree(work / folder / part / point, out / folder / part / point)
+        write_json(out / folder / "settings.json", {kind: asdict(setting) for kind, setting in settings.items()})
     seconds = sum(stage["seconds"] for stage in builder.record["stages"].values())
-    config = {key: value for key, value in asdict(builder.config).items() if key not in ("work", "out", "progress")}
+    config = {
+        key: value for key, value in asdict(builder.config).items() if key not in ("work", "out", "start", "progress")
+    }
     write_json(
         out / "record.json",
         builder.record | {"config": config, "total_minutes": round(seconds / 60, 1), "machine": machine()},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from .canvas import Setting
 
 OBJECTS_AT = "up_blocks.0.attentions.1"
@@ -12,3 +14,21 @@ SETTINGS = {
     "object": Setting(strength={OBJECTS_AT: -8.0}, num_latents=16, scale="constant"),
     "style": Setting(strength={STYLES_AT: -4.0}, num_latents=2, scale="constant"),
 }
+
+
+class Supervision(NamedTuple):
+    """How SAEs are taught their concepts; the rest is as in SAEmnesia, with `negatives`, pooled before the ReLU."""
+
+    epochs: int = 10
+    lr: float = 2e-3
+    """At first; it falls linearly to 0."""
+    images: int = 64
+    """In a batch: a picture at a denoising step each."""
+
+
+SUPERVISION = Supervision()
+SUPERVISED_SETTINGS = {
+    "object": Setting(strength={OBJECTS_AT: -20.0}, scale="constant"),
+    "style": Setting(strength={STYLES_AT: -3.0}, scale="constant"),
+}
+"""With the one latent that each concept is assigned."""
