@@ -8,13 +8,18 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 EVALUATION = RESULTS / "minicanvas.json"
+SEQUENCE = RESULTS / "minicanvas_sequence.json"
+SEARCHES = [RESULTS / f"sweep_{method}.json" for method in ("saemnesia", "saeuron")]
+LATENTS = RESULTS / "analyse_scores.json"
+KINDS = ("object", "style")
+SCORES = ("UA", "IRA", "CRA", "debris")
 DEMO = RESULTS / "demo.json"
 DEMO_BACKENDS = RESULTS / "demo_backends.json"
 OPS = RESULTS / "ops.csv"
@@ -27,24 +32,80 @@ NOT_YET = "Not measured yet."
 RECORD = ROOT / "saemnesia_fast" / "minicanvas" / "weights" / "record.json"
 
 
-def erasure_table() -> str:
-    """Mean scores of every concept of MiniCanvas, each erased alone, by every method."""
+def erasure_table(methods: Sequence[str] | None = None) -> str:
+    """Mean scores of every concept of MiniCanvas, each erased alone, by the methods given or all."""
     report = _read(EVALUATION)
-    names = ("UA", "IRA", "CRA", "debris")
-    lines = [
-        "| erased, one at a time | by | UA | IRA | CRA | debris | FID |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for kind in ("object", "style"):
+    lines = ["| erased, one at a time | by | UA | IRA | CRA | debris | FID |", "|---|---|---|---|---|---|---|"]
+    for kind in KINDS:
         for method, groups in report["protocols"]["single"].items():
+            if methods is None or method in methods:
+                group = groups[kind]
+                fid = f"{group['fid']:.2f}"
+                lines.append(f"| {len(group['cases'])} {kind}s | {method} | {_scores(group, SCORES)} | {fid} |")
+    return "\n".join([*lines, "", _means_over_seeds(report)])
+
+
+def erasure_methods() -> str:
+    """The same for the README: the papers' SAEs beside the strongest of the others."""
+    return erasure_table(("none", "saeuron-exact", "saemnesia-exact", "uce"))
+
+
+def sequence_table() -> str:
+    """One kind erased concept by concept until one is left, and how far the average falls from that of one alone."""
+    if not SEQUENCE.exists():
+        return NOT_YET
+    report = _read(SEQUENCE)
+    single, sequence = (report["protocols"][name] for name in ("single", "sequence"))
+    lines = ["| erased at once | by | UA | RA | CRA | average | fall |", "|---|---|---|---|---|---|---|"]
+    for kind in KINDS:
+        for method, groups in sequence.items():
             group = groups[kind]
-            scores = " | ".join(_score(group["scores"][name]) for name in names)
-            lines.append(f"| {len(group['cases'])} {kind}s | {method} | {scores} | {group['fid']:.2f} |")
+            fall = single[method][kind]["scores"]["average"]["mean"] - group["scores"]["average"]["mean"]
+            count = f"{len(group['cases'])} of {len(group['cases']) + 1} {kind}s"
+            lines.append(f"| {count} | {method} | {_scores(group, ('UA', 'IRA', 'CRA', 'average'))} | {fall:.1f} |")
+    return "\n".join([*lines, "", _means_over_seeds(report)])
+
+
+def search_table() -> str:
+    """What it took to search a concept's setting."""
+    if not all(path.exists() for path in SEARCHES):
+        return NOT_YET
+    lines = ["| searched by | concepts | runs a concept | seconds a concept |", "|---|---|---|---|"]
+    for path in SEARCHES:
+        found = _read(path)
+        count = len(found["concepts"])
+        seconds = f"{found['seconds'] / count:.1f}"
+        lines.append(f"| {found['method']} | {count} | {found['runs_per_concept']} | {seconds} |")
+    return "\n".join([*lines, "", f"Seconds of one process; {_device(found)}."])
+
+
+def latents_table() -> str:
+    """How far the concepts' latents stand out in each SAE (SPEC 2.2)."""
+    report = _read(LATENTS)
+    first = next(iter(report.values()))
+    columns = ("peak", "needed", "overlap")
+    lines = [
+        "| SAE | concepts | highest score | x the first SAE's | latents for 90 % of it | shared of the 10 best |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, kinds in report.items():
+        for kind in KINDS:
+            peak, needed, overlap = (kinds[kind]["mean"][column] for column in columns)
+            ratio = f"{peak / first[kind]['mean']['peak']:.1f}"
+            count = len(kinds[kind]["concepts"])
+            lines.append(f"| {name} | {count} {kind}s | {peak:.3f} | {ratio} | {needed:.0f} | {100 * overlap:.0f} % |")
+    return "\n".join([*lines, "", "Means over the concepts; a score is a mean over the timesteps."])
+
+
+def _scores(group: dict[str, Any], names: Sequence[str]) -> str:
+    return " | ".join(_score(group["scores"][name]) for name in names)
+
+
+def _means_over_seeds(report: dict[str, Any]) -> str:
     seeds, pictures = len(report["seeds"]), report["pictures_per_seed"]
     count = f"{seeds} seeds of {pictures} pictures" if seeds > 1 else f"{pictures} pictures"
     interval = ", ± half the 95 % t-interval over the seeds" if seeds > 1 else ""
-    lines += ["", f"Percent, means over the concepts, {count} for each{interval}; {_device(report)}."]
-    return "\n".join(lines)
+    return f"Percent, means over the concepts, {count} for each{interval}; {_device(report)}."
 
 
 def _score(score: dict[str, float | None]) -> str:
@@ -232,8 +293,14 @@ def _case(row: Any) -> tuple[Any, ...]:
 
 
 FIGURES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"erasure-table": erasure_table, "demo-time": demo_time, "training-record": training_record},
+    "README.md": {"erasure-table": erasure_methods, "demo-time": demo_time, "training-record": training_record},
     "CHANGELOG.md": {"demo-backends": demo_backends},
+    "docs/evaluation.md": {
+        "erasure-table": erasure_table,
+        "sequence-table": sequence_table,
+        "search-table": search_table,
+        "latents-table": latents_table,
+    },
     "docs/kernels.md": {"aot-table": aot_table, "cpu-ops": cpu_ops, "host-cost": host_cost},
     "docs/training.md": {
         "train-step": train_step,
