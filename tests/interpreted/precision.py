@@ -63,7 +63,7 @@ def assert_exact(values, indices, x, weights, k):
     assert torch.equal(indices.long(), columns)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     st.integers(1, 5),
     st.integers(1, 90),
