@@ -93,10 +93,9 @@ def read_labels(source: str) -> Mapping[str, Sequence[str]]:
 
         return unlearn_canvas.prompt_concepts()
     if source == MINICANVAS:
-        from saemnesia_fast.minicanvas.drawing import OBJECTS, PROMPT_TEMPLATES, STYLES, prompt_for
+        from saemnesia_fast.minicanvas import drawing
 
-        templates = range(len(PROMPT_TEMPLATES))
-        return {prompt_for(one, style, t): (one, style) for one in OBJECTS for style in STYLES for t in templates}
+        return drawing.prompt_concepts()
     labels: dict[str, Sequence[str]] = {}
     for line in filter(str.strip, Path(source).read_text(encoding="utf-8").splitlines()):
         try:

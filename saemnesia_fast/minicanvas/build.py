@@ -35,7 +35,7 @@ from ..training import (
 from . import autoencoder, text
 from .canvas import KINDS, WEIGHTS, MiniCanvas, requests
 from .classifier import accuracy, load_judge, train_judge
-from .drawing import OBJECTS, PROMPT_TEMPLATES, STYLES, Pictures, draw_all, prompt_for
+from .drawing import OBJECTS, PROMPT_TEMPLATES, STYLES, Pictures, draw_all, prompt_concepts, prompt_for
 from .settings import HOOK_POINTS, SETTINGS, SUPERVISED_SETTINGS, SUPERVISION
 from .unet import build_scheduler, train_unet
 
@@ -273,14 +273,13 @@ class Builder:
     def supervised(self) -> dict[str, Any]:
         """A second SAE at each hook point, with a latent for each concept (SPEC 4.2)."""
         out = self.work / "supervised"
-        names = list(concept_prompts())
         result: dict[str, Any] = {}
         for point in HOOK_POINTS:
             table = ConceptTable.load(self.work / "concepts" / point)
             data = LabelledActivations(
                 self.work / "activations",
                 point,
-                lambda prompt: [name for name in names if f" {name} " in f" {prompt} "],
+                prompt_concepts(),
                 table.concepts,
                 images=SUPERVISION.images,
                 seed=self.config.seed,

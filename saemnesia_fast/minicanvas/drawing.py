@@ -31,6 +31,12 @@ def prompt_for(obj: str, style: str, template: int = 0) -> str:
     return PROMPT_TEMPLATES[template % len(PROMPT_TEMPLATES)].format(object=obj, style=style)
 
 
+def prompt_concepts() -> dict[str, tuple[str, str]]:
+    """{prompt: its object and its style}, for all prompts that there are."""
+    templates = range(len(PROMPT_TEMPLATES))
+    return {prompt_for(one, style, t): (one, style) for one in OBJECTS for style in STYLES for t in templates}
+
+
 @dataclass
 class _Shape:
     """Distances in units of the picture's half width: negative inside. Each [n, SIZE, SIZE]."""
