@@ -17,6 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 EVALUATION = RESULTS / "minicanvas.json"
 SEQUENCE = RESULTS / "minicanvas_sequence.json"
 SEARCHES = [RESULTS / f"sweep_{method}.json" for method in ("saemnesia", "saeuron")]
+ATTACKS = {name: RESULTS / f"attack_{name}.json" for name in ("vocabulary", "continuous", "search")}
 LATENTS = RESULTS / "analyse_scores.json"
 KINDS = ("object", "style")
 SCORES = ("UA", "IRA", "CRA", "debris")
@@ -79,20 +80,46 @@ def search_table() -> str:
     return "\n".join([*lines, "", f"Seconds of one process; {_device(found)}."])
 
 
+def attack_table() -> str:
+    """UA before an attack and after each that was run."""
+    reports = {name: _read(path) for name, path in ATTACKS.items() if path.exists()}
+    if not reports:
+        return NOT_YET
+    lines = [f"| erased | by | UA before | {' | '.join(f'after {name}' for name in reports)} |"]
+    lines.append("|---" * (3 + len(reports)) + "|")
+    first = next(iter(reports.values()))
+    for kind in KINDS:
+        for method, groups in first["UA"].items():
+            after = [report["UA"][method][kind]["after"]["mean"] for report in reports.values()]
+            before, count = (
+                groups[kind]["before"]["mean"],
+                len({u["concept"] for u in first["units"] if u["kind"] == kind}),
+            )
+            lines.append(f"| {count} {kind}s | {method} | {before:.1f} | {' | '.join(f'{ua:.1f}' for ua in after)} |")
+    seeds, prompts = len({u["seed"] for u in first["units"]}), len(first["units"][0]["prompts"])
+    budgets = "; ".join(
+        f"{name}: {sum(u['pictures'] for u in report['units']) / sum(len(u['prompts']) for u in report['units']):.1f} "
+        "pictures a prompt"
+        for name, report in reports.items()
+    )
+    counted = f"{seeds} seed{'s' if seeds > 1 else ''}, {prompts} prompts a concept"
+    return "\n".join([*lines, "", f"Percent, means over the concepts, {counted}; {budgets}; {_device(first)}."])
+
+
 def latents_table() -> str:
     """How far the concepts' latents stand out in each SAE (SPEC 2.2)."""
-    report = _read(LATENTS)
-    first = next(iter(report.values()))
     columns = ("peak", "needed", "overlap")
     lines = [
         "| SAE | concepts | highest score | x the first SAE's | latents for 90 % of it | shared of the 10 best |",
         "|---|---|---|---|---|---|",
     ]
-    for name, kinds in report.items():
-        for kind in KINDS:
-            peak, needed, overlap = (kinds[kind]["mean"][column] for column in columns)
-            ratio = f"{peak / first[kind]['mean']['peak']:.1f}"
-            count = len(kinds[kind]["concepts"])
+    first: dict[tuple[str, str], float] = {}
+    for name, kinds in _read(LATENTS).items():
+        point = name.partition(" at ")[2]
+        for kind, found in kinds.items():
+            peak, needed, overlap = (found["mean"][column] for column in columns)
+            ratio = f"{peak / first.setdefault((point, kind), peak):.1f}"
+            count = len(found["concepts"])
             lines.append(f"| {name} | {count} {kind}s | {peak:.3f} | {ratio} | {needed:.0f} | {100 * overlap:.0f} % |")
     return "\n".join([*lines, "", "Means over the concepts; a score is a mean over the timesteps."])
 
@@ -300,6 +327,7 @@ FIGURES: dict[str, dict[str, Callable[[], str]]] = {
         "sequence-table": sequence_table,
         "search-table": search_table,
         "latents-table": latents_table,
+        "attack-table": attack_table,
     },
     "docs/kernels.md": {"aot-table": aot_table, "cpu-ops": cpu_ops, "host-cost": host_cost},
     "docs/training.md": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -81,18 +81,19 @@ def capture(
     pipe: Any,
     hook_points: Sequence[str],
     on_activation: Callable[[str, Tensor, Tensor], None],
-    stream: str = "output",
+    stream: str | Mapping[str, str] = "output",
 ) -> Iterator[None]:
     """Call `on_activation(hook_point, activation [B, C, H, W], timestep)` at every UNet call inside the context.
 
     The timestep is a 0-d int64 tensor on the activation's device. `stream="residual"` gives the block's output minus
-    its input. Nothing is changed, and the hooks are gone on exit, also after an exception. Compiled UNets run eagerly
-    meanwhile: a compiled graph would ignore the hooks without a word (SPEC 3.10).
+    its input; {hook point: stream} where they differ. Nothing is changed, and the hooks are gone on exit, also after an
+    exception. Compiled UNets run eagerly meanwhile: a compiled graph would ignore the hooks without a word (SPEC 3.10).
 
     Raises ValueError for an unknown hook point or stream.
     """
-    if stream not in STREAMS:
-        raise ValueError(f"stream: expected one of {STREAMS}, got {stream!r}")
+    for one in [stream] if isinstance(stream, str) else stream.values():
+        if one not in STREAMS:
+            raise ValueError(f"stream: expected one of {STREAMS}, got {one!r}")
     unet = get_unet(pipe)
     blocks = {name: find_hook_point(unet, name) for name in hook_points}
     timestep: Tensor | None = None
@@ -104,7 +105,7 @@ def capture(
     def report(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             activation = block_output(output).detach()
-            if stream == "residual":
+            if (stream if isinstance(stream, str) else stream[name]) == "residual":
                 activation = activation - block_input(args, kwargs).detach()
             if timestep is None:
                 raise RuntimeError("the block ran outside a UNet call, so its timestep is unknown")

@@ -35,6 +35,7 @@ from saemnesia_fast.evaluation.analyses import (
     separability,
     watch,
 )
+from saemnesia_fast.minicanvas.settings import SETTINGS
 
 POINT = HOOK_POINTS[1]
 PROMPTS = {"cat": ["a cat", "a cat in ink"], "dog": ["a dog", "a dog in ink"], "ink": ["a cat in ink", "a dog in ink"]}
@@ -233,7 +234,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, TopKSAE,
     """A pipeline, its table and prompts in a folder."""
     folder = tmp_path_factory.mktemp("analyse")
     pipe, sae = tiny_sd(), TopKSAE.init(CHANNELS[POINT], 60, 8)
-    table = collect_concepts(pipe, sae, PROMPTS, POINT, kinds=KINDS, progress=False, **SAMPLING)
+    table = collect_concepts(pipe, sae, PROMPTS, POINT, kinds=KINDS, stream="residual", progress=False, **SAMPLING)
     table.assignment = table.assign()
     pipe.save_pretrained(folder / "model")
     sae.save_pretrained(folder / "sae")
@@ -294,9 +295,11 @@ def test_the_command_on_a_table(what: str, saved: tuple[Path, Any, TopKSAE, Conc
 
 def test_the_command_on_minicanvas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["analyse", "timesteps", "--minicanvas", "--out", str(tmp_path)])
-    numbers = json.loads((tmp_path / "timesteps.json").read_text())["SAeUron"]
-    assert (len(numbers["object"]["concepts"]), len(numbers["style"]["concepts"])) == (8, 6)
-    assert str(tmp_path / "timesteps-SAeUron-object.svg") in capsys.readouterr().out
+    numbers, printed = json.loads((tmp_path / "timesteps.json").read_text()), capsys.readouterr().out
+    for kind, count in (("object", 8), ("style", 6)):
+        for point in SETTINGS[kind].strength:
+            assert len(numbers[f"SAeUron at {point}"][kind]["concepts"]) == count
+            assert str(tmp_path / f"timesteps-SAeUron_at_{point}-{kind}.svg") in printed
 
 
 @pytest.mark.parametrize(

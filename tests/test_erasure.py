@@ -98,8 +98,8 @@ def test_channels_last_activations_stay_channels_last_spec_7_2():
     assert erased.stride() == plain.stride()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_residual_stream_edits_output_minus_input(mode):
+@pytest.mark.parametrize(("mode", "told_by"), [("exact", "table"), *((mode, "argument") for mode in MODES)])
+def test_residual_stream_edits_output_minus_input(mode, told_by):
     """SPEC 3.6: out' = out + Delta, and in + x' for the other modes, with x = out - in."""
     unet = tiny_unet()
     sae, table = sae_and_table()
@@ -111,7 +111,10 @@ def test_residual_stream_edits_output_minus_input(mode):
     handle.remove()
     base = given["base"].double()
     expected = base + dense_erasure(plain.double() - base, sae, *line(table, "cat", 501), mode=mode)
-    with apply_erasure(unet, sae, table, "cat", mode=mode, stream="residual", **STRONG):
+    if told_by == "table":
+        table.sampler["stream"] = "residual"
+    stream = "residual" if told_by == "argument" else None
+    with apply_erasure(unet, sae, table, "cat", mode=mode, stream=stream, **STRONG):
         erased = unet_call(unet)
     torch.testing.assert_close(erased.double(), expected, rtol=1e-5, atol=1e-5)
     if mode == "exact":

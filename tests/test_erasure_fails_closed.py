@@ -231,4 +231,4 @@ def test_sae_table_and_hook_point_must_fit_together():
         apply_erasure(unet, {OTHER_HOOK_POINT: sae}, table, "cat")
     table.sampler["stream"] = "residual"
     with pytest.raises(ValueError, match="stream: expected 'residual' as in the table"):
-        apply_erasure(unet, sae, table, "cat")
+        apply_erasure(unet, sae, table, "cat", stream="output")

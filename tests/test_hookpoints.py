@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipelines import CHANNELS, HOOK_POINTS, generate, tiny_sd, tiny_sd2, tiny_sd_to_compile, tiny_sdxl, tiny_unet
-from saemnesia_fast.hookpoints import capture, find_hook_point, get_unet, list_hook_points
+from saemnesia_fast.hookpoints import STREAMS, capture, find_hook_point, get_unet, list_hook_points
 
 IGNORE_JIT_WARNING = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 BUILDERS = [tiny_sd, tiny_sd2, tiny_sdxl]
@@ -68,7 +68,7 @@ def test_unknown_hook_point_lists_the_known_ones():
         list_hook_points(object())
 
 
-@pytest.mark.parametrize("stream", ["output", "residual"])
+@pytest.mark.parametrize("stream", ["output", "residual", {name: STREAMS[n % 2] for n, name in enumerate(HOOK_POINTS)}])
 def test_capture_hands_over_what_the_block_returned(stream):
     pipe = tiny_sd()
     sample, states = torch.randn(2, 4, 8, 6), torch.randn(2, 16, 32)
@@ -79,7 +79,8 @@ def test_capture_hands_over_what_the_block_returned(stream):
     assert set(seen) == set(HOOK_POINTS)
     for name, (activation, timestep) in seen.items():
         given, output = expected[name]
-        assert torch.equal(activation, output - given if stream == "residual" else output)
+        reads = stream if isinstance(stream, str) else stream[name]
+        assert torch.equal(activation, output - given if reads == "residual" else output)
         assert activation.shape[1] == CHANNELS[name]
         assert timestep.dtype == torch.int64
         assert timestep.shape == ()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..evaluation.analyses import Analysis, Reading, Sample
 
 PAINTING = ("maps", "separability")
-SAMPLING = ("num_inference_steps", "guidance_scale", "stream")
+SAMPLING = ("num_inference_steps", "guidance_scale")
 
 
 @dataclass(kw_only=True)
@@ -51,8 +51,8 @@ class Analyse:
     revision: str | None = None
     """Commit or tag of the model's repository."""
     prompts: Path | None = None
-    """JSON file as for `concepts`, {concept: {"kind": ..., "prompts": [...]}}; for maps and separability. Steps,
-    guidance and stream are the tables'."""
+    """JSON file as for `concepts`, {concept: {"kind": ..., "prompts": [...]}}; for maps and separability. Steps
+    and guidance are the tables'."""
     top: int = 10
     """scores: best latents of each concept to look for among those of the others."""
     share: float = 0.9
@@ -108,7 +108,7 @@ class Analyse:
         if self.supervised is not None or (SUPERVISED / "settings.json").exists():
             methods["SAEmnesia"] = load_sparse(self.supervised or SUPERVISED)
         readings = [
-            Reading(method, kind, tables[point], saes[point])
+            Reading(f"{method} at {point}", kind, tables[point], saes[point])
             for method, (saes, tables, settings) in methods.items()
             for kind, setting in settings.items()
             for point in setting.strength

@@ -51,8 +51,8 @@ class Erase:
     """Strength, latents and scale of each concept as `sweep` left them in the table, whatever is given here."""
     scale: Literal["mean", "constant", "norm"] = "mean"
     """What multiplies the strength: the concept's mean activation, nothing, or the norm of the token's latents."""
-    stream: Literal["output", "residual"] = "output"
-    """What the SAE reads: the module's output, or output - input."""
+    stream: Literal["output", "residual"] | None = None
+    """What the SAE reads: the module's output, or output - input; as the table says if not given."""
     precision: Literal["default", "exact"] = "default"
     """exact: float32 products are not rounded, whatever torch is set to."""
     steps: int = 50

@@ -50,7 +50,7 @@ def apply_erasure(
     percentile: float | None = None,
     scale: str = "mean",
     reselect: bool = False,
-    stream: str = "output",
+    stream: str | None = None,
     record: bool = False,
     max_latents: int | None = None,
     cfg: bool | None = None,
@@ -76,7 +76,8 @@ def apply_erasure(
         halves: steer "both" halves of a guided batch or only the conditional one, "cond".
         start, stop: fractions of the denoising between which to steer, by the true timestep, both ends included.
         num_latents, percentile, scale, reselect: choice of latents and factors, see `ConceptTable.select`.
-        stream: the SAE reads the block's "output", or "residual" = output - input (SDXL).
+        stream: the SAE reads the block's "output", or "residual" = output - input (SPEC 3.6); as in the table if not
+            given, "output" where that does not say.
         record: gather what `Erasure.report` gives; slower, and a break in compiled graphs.
         max_latents: room for so many latents a step in later `Erasure.set` calls; by default what `concepts` need,
             rounded up to a power of two, at least 8.
@@ -90,9 +91,9 @@ def apply_erasure(
         TypeError: `pipe` has no UNet, or `concepts` mixes names and lists.
     """
     check_precision(precision)
-    for name, value, known in (("mode", mode, MODES), ("halves", halves, HALVES), ("stream", stream, STREAMS)):
+    for name, value, known in (("mode", mode, MODES), ("halves", halves, HALVES), ("stream", stream, (*STREAMS, None))):
         if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+            raise ValueError(f"{name}: expected one of {', '.join(filter(None, known))}, got {value!r}")
     if not 0 <= start < stop <= 1:
         raise ValueError(f"start, stop: expected 0 <= start < stop <= 1, got {start} and {stop}")
     if max_latents is not None and max_latents < 1:
@@ -103,7 +104,8 @@ def apply_erasure(
     saes, tables = _by_hook_point(sae, table)
     blocks = {name: find_hook_point(unet, name) for name in saes}
     for name, block in blocks.items():
-        _check_fit(name, block, saes[name], tables[name], stream)
+        _check_fit(name, block, saes[name], tables[name])
+    streams = {name: _stream(one, stream) for name, one in tables.items()}
     lists = per_prompt(concepts)
     if cfg is None and (halves == "cond" or len(lists) > 1) and not (is_pipeline and tells_guidance(pipe)):
         raise ValueError(
@@ -123,7 +125,7 @@ def apply_erasure(
             "halves": halves,
             "start": start,
             "stop": stop,
-            "stream": stream,
+            "stream": ", ".join(dict.fromkeys(streams.values())),
             "precision": precision,
         },
     )
@@ -138,7 +140,7 @@ def apply_erasure(
             steering,
             clock,
             mode=mode,
-            residual=stream == "residual",
+            residual=streams[name] == "residual",
             conditional_only=halves == "cond",
             norm_scaled=scale == "norm",
             precision=precision,
@@ -174,16 +176,21 @@ def _by_hook_point(
     return saes, {name: tables[name] for name in saes}
 
 
-def _check_fit(name: str, block: nn.Module, sae: TopKSAE, table: ConceptTable, stream: str) -> None:
+def _check_fit(name: str, block: nn.Module, sae: TopKSAE, table: ConceptTable) -> None:
     config: Any = block.config
     channels = config.in_channels
     if sae.d != channels:
         raise ValueError(f"sae: expected d = {channels} to match the channels of {name}, got d = {sae.d}")
     if normalize_hook_point(table.hook_point) != name:
         raise ValueError(f"table: expected one made at {name}, got one made at {table.hook_point}")
-    if table.sampler.get("stream", stream) != stream:
-        raise ValueError(f"stream: expected {table.sampler['stream']!r} as in the table of {name}, got {stream!r}")
     table.check_sae(sae)
+
+
+def _stream(table: ConceptTable, given: str | None) -> str:
+    known = table.sampler.get("stream")
+    if known and given and known != given:
+        raise ValueError(f"stream: expected {known!r} as in the table of {table.hook_point}, got {given!r}")
+    return known or given or "output"
 
 
 def _window(pipe: Any, start: float, stop: float) -> tuple[float, float]:

@@ -47,13 +47,13 @@ def watch(
     num_inference_steps: int,
     guidance_scale: float,
     batch_size: int = 8,
-    stream: str = "output",
     reduce: Callable[[Tensor], Tensor] = torch.clone,
     **pipe_kwargs: Any,
 ) -> Watched:
     """Paint the samples and keep the values, zero where not among a token's k, of every reading's latents.
 
-    The latents are those of `Reading.latents`, on the conditional half. `reduce` is given [B, L, H, W] at each step.
+    The latents are those of `Reading.latents`, on the conditional half of what the table's SAE reads, output or
+    residual. `reduce` is given [B, L, H, W] at each step.
 
     Raises:
         ValueError: no sample, a reading without SAE, a table made with another one, or rows that fit no batch.
@@ -84,8 +84,9 @@ def watch(
 
     images: list[Tensor] = []
     activations: dict[str, list[Tensor]] = {one.name: [] for one in readings}
-    points = list(dict.fromkeys(one.table.hook_point for one in readings))
-    with torch.no_grad(), capture(pipe, points, keep, stream=stream):
+    streams = {one.table.hook_point: one.table.sampler.get("stream", "output") for one in readings}
+    points = list(streams)
+    with torch.no_grad(), capture(pipe, points, keep, stream=streams):
         for first in range(0, len(samples), batch_size):
             batch = samples[first : first + batch_size]
             steps.clear()
