@@ -69,7 +69,7 @@ def compare(config: Any, data: Callable[[], Any], held_out: Tensor) -> dict[str,
 
 def main(out: Path, steps: int, images: int, work: Path | None) -> None:
     """Collects the tokens with the committed MiniCanvas, in `work` if they are to be kept, and writes the figures."""
-    from saemnesia_fast.minicanvas.build import BuildConfig, Builder
+    from saemnesia_fast.minicanvas.build import BuildConfig, Builder, stream_of
     from saemnesia_fast.minicanvas.canvas import MiniCanvas
     from saemnesia_fast.minicanvas.settings import HOOK_POINTS
     from saemnesia_fast.training import ShardActivations, TrainConfig
@@ -82,10 +82,7 @@ def main(out: Path, steps: int, images: int, work: Path | None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         builder = Committed(BuildConfig(work=work or Path(folder), sae_images_per_combination=images, progress=False))
-        activations = builder.work / "activations"
-        index = activations / "index.json"
-        if not index.exists() or not json.loads(index.read_text(encoding="utf-8"))["finished"]:
-            builder.activations()
+        builder.activations()
         points = {}
         for name in HOOK_POINTS:
             config = TrainConfig(
@@ -97,6 +94,7 @@ def main(out: Path, steps: int, images: int, work: Path | None) -> None:
                 device="cpu",
                 progress=False,
             )
+            activations = builder.work / "activations" / stream_of(name)
             data = partial(ShardActivations, activations, name, batch_size=TOKENS_A_STEP)
             points[name] = compare(config, data, builder.held_out(name))
             print(name, json.dumps(points[name], indent=2), flush=True)

@@ -36,7 +36,7 @@ from . import autoencoder, text
 from .canvas import KINDS, WEIGHTS, MiniCanvas, requests
 from .classifier import accuracy, load_judge, train_judge
 from .drawing import OBJECTS, PROMPT_TEMPLATES, STYLES, Pictures, draw_all, prompt_concepts, prompt_for
-from .settings import HOOK_POINTS, SETTINGS, SUPERVISED_SETTINGS, SUPERVISION
+from .settings import HOOK_POINTS, SETTINGS, STREAMS, SUPERVISED_SETTINGS, SUPERVISION
 from .unet import build_scheduler, train_unet
 
 logger = logging.getLogger("saemnesia_fast")
@@ -51,7 +51,7 @@ class BuildConfig:
     out: Path = WEIGHTS
     """Where the finished float16 weights and their record go."""
     start: Path | None = None
-    """Finished weights to begin with: the supervised SAEs alone are made, and the activations that they learn from."""
+    """Finished weights whose pipeline and judge are kept: SAEs and concept tables alone are made."""
     pictures_per_combination: int = 200
     autoencoder_steps: int = 2000
     judge_steps: int = 1200
@@ -110,15 +110,13 @@ class Builder:
         return self.record
 
     def adopt(self, folder: Path) -> None:
-        """Takes the finished weights in `folder` for what the stages before `supervised` made."""
-        record = read_json(folder / "record.json")
+        """Takes the pipeline and the judge in `folder` for what the stages before `activations` made."""
         for part in ("vae", "text_encoder", "tokenizer", "unet"):
             shutil.copytree(folder / "pipeline" / part, self.work / part, dirs_exist_ok=True)
-        for part in ("sae", "concepts"):
-            shutil.copytree(folder / part, self.work / part, dirs_exist_ok=True)
         shutil.copy(folder / "judge.safetensors", self.work)
-        kept = {name: one for name, one in record["stages"].items() if name not in ("activations", "supervised")}
-        write_json(self.record_file, {"stages": kept})
+        stages = read_json(folder / "record.json")["stages"]
+        kept = ("autoencoder", "judge", "text_encoder", "unet")
+        write_json(self.record_file, {"stages": {name: stages[name] for name in kept}})
 
     def _fit_options(self) -> dict[str, Any]:
         return {"seed": self.config.seed, "progress": self.config.progress}
@@ -194,22 +192,30 @@ class Builder:
             prompt_for(OBJECTS[one.object], STYLES[one.style], n // (len(OBJECTS) * len(STYLES)))
             for n, one in enumerate(wanted)
         ]
-        canvas = self.canvas()
-        sampling = CollectConfig(
-            num_inference_steps=canvas.steps,
-            guidance_scale=canvas.guidance_scale,
-            seed=2_000_000 + self.config.seed,
-            prompts_per_call=48,
-        )
-        collect_activations(
-            canvas.pipe, prompts, HOOK_POINTS, self.work / "activations", sampling, progress=self.config.progress
-        )
+        self.collect(prompts, "activations", seed=2_000_000)
         return {"images": len(prompts)}
+
+    def collect(self, prompts: list[str], folder: str, seed: int) -> None:
+        """Activations of all hook points: folder/STREAM."""
+        canvas = self.canvas()
+        for stream, points in STREAMS.items():
+            sampling = CollectConfig(
+                num_inference_steps=canvas.steps,
+                guidance_scale=canvas.guidance_scale,
+                seed=seed + self.config.seed,
+                prompts_per_call=48,
+                stream=stream,
+            )
+            collect_activations(
+                canvas.pipe, prompts, points, self.work / folder / stream, sampling, progress=self.config.progress
+            )
 
     def sparse_autoencoders(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for name in HOOK_POINTS:
-            data = ShardActivations(self.work / "activations", name, batch_size=2048, seed=self.config.seed)
+            data = ShardActivations(
+                self.work / "activations" / stream_of(name), name, batch_size=2048, seed=self.config.seed
+            )
             config = TrainConfig(
                 out_dir=self.work / "sae_runs",
                 hook_point=name,
@@ -235,17 +241,9 @@ class Builder:
 
     def held_out(self, hook_point: str) -> Tensor:
         """Activations [tokens, d] float32 of one picture of every combination that no SAE was trained on."""
-        folder = self.work / "held_out"
+        folder = self.work / "held_out" / stream_of(hook_point)
         if not (folder / "index.json").exists():
-            canvas = self.canvas()
-            sampling = CollectConfig(
-                num_inference_steps=canvas.steps,
-                guidance_scale=canvas.guidance_scale,
-                seed=3_000_000 + self.config.seed,
-                prompts_per_call=48,
-            )
-            prompts = [one.prompt for one in requests(1, seed=0)]
-            collect_activations(canvas.pipe, prompts, HOOK_POINTS, folder, sampling, progress=self.config.progress)
+            self.collect([one.prompt for one in requests(1, seed=0)], "held_out", seed=3_000_000)
         shards = read_json(folder / "index.json")["hook_points"][hook_point]["shards"]
         parts = [load_tensors(folder / shard["file"])["activations"].flatten(0, 1) for shard in shards]
         return torch.cat(parts).float()
@@ -257,18 +255,22 @@ class Builder:
 
     def tables(self, saes: dict[str, TopKSAE]) -> dict[str, ConceptTable]:
         canvas = self.canvas()
-        return collect_concepts(
-            canvas.pipe,
-            saes,
-            concept_prompts(),
-            kinds={name: kind for kind, names in KINDS.items() for name in names},
-            num_inference_steps=canvas.steps,
-            guidance_scale=canvas.guidance_scale,
-            seed=4_000_000 + self.config.seed,
-            batch_size=48,
-            model_id="minicanvas",
-            progress=self.config.progress,
-        )
+        found: dict[str, ConceptTable] = {}
+        for stream, points in STREAMS.items():
+            found |= collect_concepts(
+                canvas.pipe,
+                {point: saes[point] for point in points},
+                concept_prompts(),
+                kinds={name: kind for kind, names in KINDS.items() for name in names},
+                num_inference_steps=canvas.steps,
+                guidance_scale=canvas.guidance_scale,
+                seed=4_000_000 + self.config.seed,
+                batch_size=48,
+                stream=stream,
+                model_id="minicanvas",
+                progress=self.config.progress,
+            )
+        return found
 
     def supervised(self) -> dict[str, Any]:
         """A second SAE at each hook point, with a latent for each concept (SPEC 4.2)."""
@@ -277,7 +279,7 @@ class Builder:
         for point in HOOK_POINTS:
             table = ConceptTable.load(self.work / "concepts" / point)
             data = LabelledActivations(
-                self.work / "activations",
+                self.work / "activations" / stream_of(point),
                 point,
                 prompt_concepts(),
                 table.concepts,
@@ -353,6 +355,11 @@ def concept_prompts() -> dict[str, list[str]]:
         **{o: [prompt_for(o, s, t) for s in STYLES for t in range(len(PROMPT_TEMPLATES))] for o in OBJECTS},
         **{s: [prompt_for(o, s, t) for o in OBJECTS for t in range(len(PROMPT_TEMPLATES))] for s in STYLES},
     }
+
+
+def stream_of(hook_point: str) -> str:
+    """What the SAEs of a hook point read."""
+    return next(stream for stream, points in STREAMS.items() if hook_point in points)
 
 
 def export(builder: Builder) -> None:

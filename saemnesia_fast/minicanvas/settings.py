@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .canvas import Setting
 
-OBJECTS_AT = "up_blocks.0.attentions.1"
+OBJECTS_AT = ("up_blocks.0.attentions.0", "up_blocks.0.attentions.1")
 STYLES_AT = "up_blocks.1.attentions.0"
-HOOK_POINTS = (OBJECTS_AT, STYLES_AT)
+HOOK_POINTS = (*OBJECTS_AT, STYLES_AT)
+STREAMS: dict[Literal["residual", "output"], tuple[str, ...]] = {"residual": OBJECTS_AT, "output": (STYLES_AT,)}
+"""What SAEs read where (SPEC 3.6). An object is in what the first two blocks add: theirs put in place of another
+prompt's paint its object. Either's output is its shape already, which is not to be moved by a single latent."""
 
 SETTINGS = {
-    "object": Setting(strength={OBJECTS_AT: -8.0}, num_latents=16, scale="constant"),
+    "object": Setting(strength=dict.fromkeys(OBJECTS_AT, -3.0), num_latents=16, scale="constant", halves="cond"),
     "style": Setting(strength={STYLES_AT: -4.0}, num_latents=2, scale="constant"),
 }
 
@@ -28,7 +31,7 @@ class Supervision(NamedTuple):
 
 SUPERVISION = Supervision()
 SUPERVISED_SETTINGS = {
-    "object": Setting(strength={OBJECTS_AT: -20.0}, scale="constant"),
+    "object": Setting(strength=dict.fromkeys(OBJECTS_AT, -8.0), scale="constant", halves="cond"),
     "style": Setting(strength={STYLES_AT: -3.0}, scale="constant"),
 }
 """With the one latent that each concept is assigned."""
