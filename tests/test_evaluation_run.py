@@ -20,7 +20,7 @@ from saemnesia_fast.evaluation import NoErasure, Outcome, Plan, cases, frechet_d
 from saemnesia_fast.files import read_json, write_json
 from saemnesia_fast.minicanvas.canvas import KINDS, WEIGHTS, MiniCanvas
 from saemnesia_fast.minicanvas.methods import BASELINES, METHODS, methods
-from saemnesia_fast.minicanvas.settings import SETTINGS
+from saemnesia_fast.minicanvas.settings import HOOK_POINTS, SETTINGS
 from tiny_benchmark import CLASSES, TinyBenchmark, TinyErasure
 from tiny_parts import note
 
@@ -271,7 +271,7 @@ def test_the_command_line_evaluates_minicanvas(tmp_path, monkeypatch, capsys):
     assert summary["benchmark"]["steps"] == 2 and summary["pictures_per_seed"] == 48
     assert {one["name"] for one in summary["methods"]} == set(command.methods)
     released = summary["methods"][1]["settings"]
-    assert released["settings"]["style"]["mode"] == "released" and len(released["saes"]) == 2
+    assert released["settings"]["style"]["mode"] == "released" and set(released["saes"]) == set(HOOK_POINTS)
     (case,) = summary["protocols"]["sequence"]["negative_prompt"]["style"]["cases"]
     assert case["erased"] == ["neon"]
     assert set(summary["versions"]) >= {"torch", "diffusers"} and summary["machine"]["cores"]
