@@ -46,7 +46,7 @@ class SaemnesiaFast:
             table: folder of its concept table, which also names the hook point.
             erase_concept: a concept of the table, or several between commas.
             strength: gamma; None for what the table's settings have, see `ConceptTable.stored`.
-            mode: "exact", "released", "reconstruct" or "replace".
+            mode: "exact", "released", "reconstruct", "replace" or "contrast".
             revision, sae_revision: commits or tags of the repositories.
             use_fp16: float16 on a GPU; float32 elsewhere.
             num_inference_steps, guidance_scale: unless `generate` is given others.

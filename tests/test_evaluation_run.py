@@ -20,7 +20,7 @@ from saemnesia_fast.evaluation import NoErasure, Outcome, Plan, cases, frechet_d
 from saemnesia_fast.files import read_json, write_json
 from saemnesia_fast.minicanvas.canvas import KINDS, WEIGHTS, MiniCanvas
 from saemnesia_fast.minicanvas.methods import BASELINES, METHODS, methods
-from saemnesia_fast.minicanvas.settings import HOOK_POINTS, SETTINGS
+from saemnesia_fast.minicanvas.settings import CONTRAST_SETTINGS, HOOK_POINTS, SETTINGS
 from tiny_benchmark import CLASSES, TinyBenchmark, TinyErasure
 from tiny_parts import note
 
@@ -299,7 +299,8 @@ def test_the_methods_of_minicanvas_by_name(tmp_path):
     shutil.copytree(WEIGHTS / "concepts", tmp_path / "concepts")
     assigned = {kind: {"strength": setting.strength, "num_latents": None} for kind, setting in SETTINGS.items()}
     write_json(tmp_path / "settings.json", assigned)
-    names = ["saemnesia-exact", "saemnesia-released-reselected", "saemnesia-exact-stored", *BASELINES]
+    names = ["saemnesia-exact", "saemnesia-released-reselected", "saemnesia-exact-stored", "saemnesia-contrast"]
+    names += BASELINES
     found = methods(names, SimpleNamespace(steps=20, guidance_scale=3.0), tmp_path, tmp_path / "weights")
     assert [one.name for one in found] == names
     assert all(one.source for one in found)
@@ -307,6 +308,7 @@ def test_the_methods_of_minicanvas_by_name(tmp_path):
     assert (exact.mode, exact.num_latents, exact.reselect) == ("exact", None, False)
     assert (released.mode, released.num_latents, released.reselect) == ("released", 1, True)
     assert stored == exact and found[2].stored and not found[0].stored
+    assert found[3].settings["object"] == replace(CONTRAST_SETTINGS["object"], num_latents=None)
     (uce,) = (one for one in found if one.name == "uce")
     assert list(uce.prompts) == [name for names in KINDS.values() for name in names]
     assert all("neon" in prompt for prompt in uce.prompts["neon"])

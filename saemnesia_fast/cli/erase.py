@@ -34,9 +34,12 @@ class Erase:
     """Commit or tag of the SAE's repository."""
     strength: float = -5.0
     """Gamma: negative erases, more negative erases more strongly."""
-    mode: Literal["exact", "released", "reconstruct", "replace"] = "exact"
-    """The papers' formula; the public code's, which flips the reconstruction error; the reconstruction alone; or tokens
-    of the concept overwritten by their nearest others, which needs no strength."""
+    mode: Literal["exact", "released", "reconstruct", "replace", "contrast"] = "exact"
+    """The papers' formula; the public code's, which flips the reconstruction error; the reconstruction alone; tokens
+    of the concept overwritten by their nearest others, which needs no strength; or moved along what the prompt adds to
+    them, with a strength of about -1.5."""
+    anchor: str | None = None
+    """With contrast: the concept of the table that comes into their place."""
     halves: Literal["both", "cond"] = "both"
     """Halves of the guided batch to steer."""
     start: float = 0.0
@@ -92,6 +95,7 @@ class Erase:
             table,
             self.concept,
             mode=self.mode,
+            anchor=self.anchor,
             halves=self.halves,
             start=self.start,
             stop=self.stop,

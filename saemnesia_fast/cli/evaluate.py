@@ -26,9 +26,10 @@ class Evaluate:
     minicanvas: bool = False
     """Evaluate on MiniCanvas, the benchmark that comes with the package; the only one so far."""
     methods: tuple[str, ...] = ("none", "saeuron-exact")
-    """none, saeuron-exact, saeuron-released, saeuron-replace, saemnesia-exact, saemnesia-released, saemnesia-replace,
-    saemnesia-exact-reselected, saemnesia-released-reselected, negative_prompt, uce, esd, neuron_masking; an SAE's with
-    -stored behind it takes each concept's setting from the table, where `sweep` left it."""
+    """none, saeuron-exact, saeuron-released, saeuron-replace, saeuron-contrast, saemnesia-exact, saemnesia-released,
+    saemnesia-replace, saemnesia-contrast, saemnesia-exact-reselected, saemnesia-released-reselected, negative_prompt,
+    uce, esd, neuron_masking; an SAE's with -stored behind it takes each concept's setting from the table, where `sweep`
+    left it."""
     protocol: tuple[Literal["single", "sequence", "pairs"], ...] = ("single",)
     """Erase concepts one at a time, one after the other until one is left, or in all pairs."""
     kinds: tuple[Literal["object", "style"], ...] = ("object", "style")

@@ -12,11 +12,12 @@ SCALES = ("mean", "constant", "norm")
 
 
 def nearest_row(timesteps: Tensor, timestep: Tensor | float) -> Tensor:
-    """Index (0-d int64, on the device of `timesteps`) of the entry of `timesteps` [T] nearest to `timestep`.
+    """Index (int64, on the device of `timesteps`) of the entry of `timesteps` [T] nearest to each `timestep`.
 
     Halfway between two entries the first one counts, the noisier one in a table. Nothing waits for the device.
     """
-    return (timesteps - timestep).abs().argmin()
+    given = timestep[..., None] if isinstance(timestep, Tensor) else timestep
+    return (timesteps - given).abs().argmin(-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -109,6 +109,24 @@ class ConceptTable:
         mean_scores = torch.stack([scorer(c).mean(0) for c in range(len(self.concepts))])
         return assign_latents(mean_scores, self.concepts, self.kinds)
 
+    def alike(self, concepts: str | Iterable[str]) -> list[str]:
+        """The other concepts of the same kinds, those first whose mean activations are most like theirs.
+
+        By the cosine between mu of the two, averaged over `concepts` and taken from the mean of all the table's.
+        """
+        rows = self._rows([concepts] if isinstance(concepts, str) else concepts)
+        kinds = {self.kinds[c] for c in rows}
+        centred = (self.mu - self.mu.mean(0)).flatten(1)
+        likeness = torch.nn.functional.cosine_similarity(centred, centred[rows].mean(0)[None])
+        ranked = likeness.sort(descending=True, stable=True).indices.tolist()
+        return [self.concepts[c] for c in ranked if c not in rows and self.kinds[c] in kinds]
+
+    def departure(self, concept: str, W_dec: Tensor) -> Tensor:
+        """[T, d] float32: how the concept's mean reconstruction departs from the mean of its kind, W_dec [N, d]."""
+        (row,) = self._rows([concept])
+        kind = [c for c, one in enumerate(self.kinds) if one == self.kinds[row]]
+        return (self.mu[row] - self.mu[kind].mean(0)) @ W_dec.detach().to("cpu", torch.float32)
+
     def check_sae(self, sae: TopKSAE) -> None:
         """Raise ValueError if the table was made with another SAE (SPEC 6.3)."""
         if sae.num_latents != self.num_latents:

@@ -16,6 +16,7 @@ from saemnesia_fast.ops.validation import MODES as EDITS
 from saemnesia_fast.ops.validation import check_precision
 
 from .clock import Clock
+from .contrast import Contrast
 from .guard import guard_pipeline, guard_unet, tells_guidance
 from .handle import Erasure
 from .point import ErasurePoint
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from saemnesia_fast.sae import TopKSAE
 
 HALVES = ("both", "cond")
-MODES = (*EDITS, "replace")
+MODES = (*EDITS, "replace", "contrast")
 NUM_TRAIN_TIMESTEPS = 1000
 
 logger = logging.getLogger("saemnesia_fast")
@@ -50,6 +51,7 @@ def apply_erasure(
     percentile: float | None = None,
     scale: str = "mean",
     reselect: bool = False,
+    anchor: str | None = None,
     stream: str | None = None,
     record: bool = False,
     max_latents: int | None = None,
@@ -72,10 +74,15 @@ def apply_erasure(
             (`num_images_per_prompt`) share its list.
         strength: gamma, or {concept: gamma}; negative erases (SPEC 3.1).
         mode: "exact", "released" or "reconstruct" (SPEC 3.2), or "replace" (SPEC 3.8): tokens that "exact" would
-            steer are overwritten by their nearest other token in the image, whatever the strength and scale.
+            steer are overwritten by their nearest other token in the image, whatever the strength and scale. Or
+            "contrast", our own: they are moved along what the prompt adds, the conditional token less the
+            unconditional one, by the strength, whatever the scale: -1 takes it away, -1.5 is a good beginning. It needs
+            guidance, and steers the conditional half.
         halves: steer "both" halves of a guided batch or only the conditional one, "cond".
         start, stop: fractions of the denoising between which to steer, by the true timestep, both ends included.
         num_latents, percentile, scale, reselect: choice of latents and factors, see `ConceptTable.select`.
+        anchor: with mode="contrast", a concept of the table that comes into the place of what is removed, by its mean
+            activations; none of the erased ones.
         stream: the SAE reads the block's "output", or "residual" = output - input (SPEC 3.6); as in the table if not
             given, "output" where that does not say.
         record: gather what `Erasure.report` gives; slower, and a break in compiled graphs.
@@ -107,11 +114,16 @@ def apply_erasure(
         _check_fit(name, block, saes[name], tables[name])
     streams = {name: _stream(one, stream) for name, one in tables.items()}
     lists = per_prompt(concepts)
-    if cfg is None and (halves == "cond" or len(lists) > 1) and not (is_pipeline and tells_guidance(pipe)):
+    contrast = mode == "contrast"
+    conditional_only = contrast or halves == "cond"
+    if cfg is None and (conditional_only or len(lists) > 1) and not (is_pipeline and tells_guidance(pipe)):
         raise ValueError(
-            f"cfg: expected True or False with halves='cond' or a list of concepts for each prompt, since "
-            f"{type(pipe).__name__} does not say whether its batch holds two guidance halves"
+            f"cfg: expected True or False with halves='cond', mode='contrast' or a list of concepts for each prompt, "
+            f"since {type(pipe).__name__} does not say whether its batch holds two guidance halves"
         )
+    if anchor is not None and not contrast:
+        raise ValueError(f"anchor: expected none with mode={mode!r}, got {anchor!r}")
+    scale = "constant" if contrast else scale
 
     selector = Selector(
         tables=tables,
@@ -120,9 +132,11 @@ def apply_erasure(
         percentile=percentile,
         scale=scale,
         reselect=reselect,
+        anchor=anchor,
         settings={
             "mode": mode,
-            "halves": halves,
+            **({"anchor": anchor} if contrast else {}),
+            "halves": "cond" if conditional_only else halves,
             "start": start,
             "stop": stop,
             "stream": ", ".join(dict.fromkeys(streams.values())),
@@ -140,8 +154,9 @@ def apply_erasure(
             steering,
             clock,
             mode=mode,
+            contrast=_contrast(saes[name], tables[name], anchor) if contrast else None,
             residual=streams[name] == "residual",
-            conditional_only=halves == "cond",
+            conditional_only=conditional_only,
             norm_scaled=scale == "norm",
             precision=precision,
             window=window,
@@ -191,6 +206,10 @@ def _stream(table: ConceptTable, given: str | None) -> str:
     if known and given and known != given:
         raise ValueError(f"stream: expected {known!r} as in the table of {table.hook_point}, got {given!r}")
     return known or given or "output"
+
+
+def _contrast(sae: TopKSAE, table: ConceptTable, anchor: str | None) -> Contrast:
+    return Contrast(table.timesteps, None if anchor is None else table.departure(anchor, sae.W_dec))
 
 
 def _window(pipe: Any, start: float, stop: float) -> tuple[float, float]:

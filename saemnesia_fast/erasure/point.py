@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from saemnesia_fast.sae import TopKSAE
 
     from .clock import Clock
+    from .contrast import Contrast
 
 
 class Weights(nn.Module):
@@ -52,6 +53,7 @@ class ErasurePoint:
         clock: Clock,
         *,
         mode: str,
+        contrast: Contrast | None,
         residual: bool,
         conditional_only: bool,
         norm_scaled: bool,
@@ -68,6 +70,7 @@ class ErasurePoint:
         self.clock = clock
         self.runs = Counter()
         self.mode = mode
+        self.contrast = contrast
         self.residual = residual
         self.conditional_only = conditional_only
         self.norm_scaled = norm_scaled
@@ -87,12 +90,15 @@ class ErasurePoint:
             self.weights.to(device)
             self.runs.to(device)
             self.tables.settle(device, self.workspace)
+            if self.contrast is not None:
+                self.contrast.to(device)
         self._weights = self.weights.in_order()
         self.workspace.clear()
         self._erase = backend.select("erase", device, self.workspace)
         self._repeats = backend.takes_workspace("erase", device)
-        needed = ["probe" if self.mode == "replace" else "erase", "steering_lines"]
-        if self.mode == "replace" or self.recorder is not None:
+        detects = self.mode in ("replace", "contrast")
+        needed = ["probe" if detects else "erase", "steering_lines"]
+        if detects or self.recorder is not None:
             self._probe = backend.select("probe", device)
             needed.append("probe")
         self.backends = [choice for choice in ops.backend_report(device) if choice.op in needed]
@@ -136,6 +142,8 @@ class ErasurePoint:
                 f"got {list(output.shape)}"
             )
         num_halves = None if self.cfg is None else 1 + int(self.cfg)
+        if self.contrast is not None and num_halves != 2:
+            raise RuntimeError(f"{self.name}: mode 'contrast' needs guidance, a batch of two halves")
         self.runs.add(output, tracing)
         if fresh and not tracing and self._may_write_over(output, block_input):
             self._write_over(output, timesteps, num_halves)
@@ -147,11 +155,11 @@ class ErasurePoint:
             dtype = torch.promote_types(output.dtype, torch.float32)
             base = block_input.permute(0, 2, 3, 1).to(dtype)
             whole, tokens = tokens, tokens.to(dtype) - base
-            edited = self._edit(tokens, lines)
+            edited = self._edit(tokens, lines, timesteps)
             moved = whole.to(dtype) + (edited - tokens) if self.mode == "exact" else base + edited
             erased = torch.where(edited == tokens, whole, moved.to(output.dtype))
         else:
-            erased = self._edit(tokens, lines)
+            erased = self._edit(tokens, lines, timesteps)
         if self.recorder is not None:
             self._record(self.recorder, tokens, lines, num_halves)
         return erased.permute(0, 3, 1, 2).contiguous(memory_format=_memory_format(output))
@@ -180,18 +188,21 @@ class ErasurePoint:
         entries = (lines.latents, lines.thresholds, lines.factors)
         return (*weights, self.k, *entries, self.mode, self.norm_scaled, self.precision)
 
-    def _edit(self, tokens: Tensor, lines: ops.SteeringLines) -> Tensor:
-        given = tokens
+    def _edit(self, tokens: Tensor, lines: ops.SteeringLines, timesteps: Tensor) -> Tensor:
+        given, std = tokens, None
         if self.unit_norm:
             mean, std = unit_norm_statistics(tokens)
             given = (tokens - mean) / std
         if self.mode == "replace":
-            return replace_tokens(tokens, self._detect(given, lines))
+            return replace_tokens(tokens, self._detect(given, lines)[1].any(-1))
+        if self.contrast is not None:
+            strengths = _per_image(lines.factors, len(tokens))
+            return self.contrast(tokens, *self._detect(given, lines), strengths, timesteps, std)
         if only_numbers(given):
             edited = self._erase(given, *self._arguments(self._weights, lines))
         else:
             edited = torch.ops.saemnesia_fast.erase(given, *self._arguments(self.weights.in_order(), lines))
-        if self.unit_norm:
+        if std is not None:
             mapped = tokens + (edited - given) * std if self.mode == "exact" else edited * std + mean
             edited = torch.where(edited == given, tokens, mapped.to(tokens.dtype))
         if self.mode == "exact":
@@ -199,12 +210,12 @@ class ErasurePoint:
         active = _per_image(lines.active, len(tokens))
         return torch.where(active[:, None, None, None], edited, tokens)
 
-    def _detect(self, tokens: Tensor, lines: ops.SteeringLines) -> Tensor:
-        """[B, H, W] bool: where mode "exact" would steer."""
+    def _detect(self, tokens: Tensor, lines: ops.SteeringLines) -> tuple[Tensor, Tensor]:
+        """Activations [B, H, W, S] of the selected latents, and bool: where mode "exact" would steer them."""
         entries = (lines.latents, lines.thresholds)
         probe = self._probe if only_numbers(tokens) else torch.ops.saemnesia_fast.probe
         weights = self.weights.in_order()[:3]
-        return probe(tokens, *weights, self.k, *entries, self.precision)[1].any(-1)
+        return probe(tokens, *weights, self.k, *entries, self.precision)
 
     @torch.compiler.disable
     def _record(self, recorder: Recorder, tokens: Tensor, lines: ops.SteeringLines, num_halves: int | None) -> None:

@@ -27,6 +27,8 @@ class Selector:
     percentile: float | None
     scale: str
     reselect: bool
+    anchor: str | None
+    """A concept that is not to be erased."""
     settings: Mapping[str, object]
     """What else `explain` tells."""
 
@@ -38,6 +40,8 @@ class Selector:
         done: dict[frozenset[str], Selection | None] = {frozenset(): None}
         selections = []
         for names in per_prompt(concepts):
+            if self.anchor in names:
+                raise ValueError(f"concepts: expected others than the anchor {self.anchor!r}, got {names}")
             key = frozenset(names)
             if key not in done:
                 done[key] = self.tables[hook_point].select(

@@ -131,6 +131,7 @@ class SparseErasure:
     """Steering of SAE latents (SPEC 3): SAeUron and SAEmnesia, by the SAEs, tables and settings that they are given.
 
     Kinds whose settings name the same hook point are erased there at once; they may differ in strength and num_latents.
+    With mode "contrast" the anchor is the concept of their kind that is least like the erased ones.
     """
 
     name: str
@@ -182,7 +183,9 @@ class SparseErasure:
         shared, *others = [replace(setting, strength={}, num_latents=None) for setting in settings.values()]
         if any(other != shared for other in others):
             raise ValueError(f"settings: expected kinds erased at {point} to differ in strength and num_latents alone")
+        kept = self.tables[point].alike(settings) if shared.mode == "contrast" else []
         return asdict(shared) | {
+            "anchor": kept[-1] if kept else None,
             "concepts": list(settings),
             "strength": {concept: setting.strength[point] for concept, setting in settings.items()},
             "num_latents": {concept: setting.num_latents for concept, setting in settings.items()},

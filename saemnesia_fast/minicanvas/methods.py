@@ -10,6 +10,7 @@ from typing import Any
 from ..evaluation import Method, NoErasure, SparseErasure
 from .baselines import BASELINES, REPLACE, baseline
 from .canvas import WEIGHTS, MiniCanvas, load_sparse
+from .settings import CONTRAST_SETTINGS
 
 SUPERVISED = WEIGHTS / "supervised"
 SAEURON = "SAeUron, arXiv 2501.18052"
@@ -18,13 +19,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "exact": {},
     "released": {"mode": "released"},
     "replace": {},
+    "contrast": {},
     "exact-reselected": {"num_latents": 1, "reselect": True},
     "released-reselected": {"mode": "released", "num_latents": 1, "reselect": True},
 }
-"""Changes to the setting: how a token is edited, and the best latent of each step in place of the assigned one. Token
-replacement has a setting of its own, `REPLACE`; SAEmnesia's replaces where the assigned latent fires."""
+"""Changes to the setting: how a token is edited, and the best latent of each step in place of the assigned one. What
+does not steer latents has settings of its own; SAEmnesia's acts where the assigned latent fires."""
+OWN_SETTINGS = {"replace": REPLACE, "contrast": CONTRAST_SETTINGS}
 SPARSE = {
-    **{f"saeuron-{name}": (SAEURON, name) for name in ("exact", "released", "replace")},
+    **{f"saeuron-{name}": (SAEURON, name) for name in ("exact", "released", *OWN_SETTINGS)},
     **{f"saemnesia-{name}": (SAEMNESIA, name) for name in VARIANTS},
 }
 METHODS = ("none", *SPARSE, *BASELINES)
@@ -67,7 +70,7 @@ def sparse_erasure(name: str, canvas: MiniCanvas, supervised: Path = SUPERVISED)
     sparse = (canvas.saes, canvas.tables, canvas.settings) if source is SAEURON else load_sparse(supervised)
     changes = VARIANTS[variant]
     given = sparse[2]
-    if variant == "replace":
-        given, changes = REPLACE, {} if source is SAEURON else {"num_latents": None}
+    if variant in OWN_SETTINGS:
+        given, changes = OWN_SETTINGS[variant], {} if source is SAEURON else {"num_latents": None}
     settings = {kind: replace(setting, **changes) for kind, setting in given.items()}
     return SparseErasure(name, source, *sparse[:2], settings, stored=name.endswith("-stored"))

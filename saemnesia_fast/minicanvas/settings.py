@@ -35,3 +35,9 @@ SUPERVISED_SETTINGS = {
     "style": Setting(strength={STYLES_AT: -3.0}, scale="constant"),
 }
 """With the one latent that each concept is assigned."""
+
+CONTRAST_SETTINGS = {
+    "object": Setting(strength=dict.fromkeys(OBJECTS_AT, -1.5), num_latents=4, mode="contrast"),
+    "style": Setting(strength={STYLES_AT: -1.5}, num_latents=4, mode="contrast"),
+}
+"""Along what the prompt adds, in place of along latents; SAEmnesia's with its one latent."""

@@ -13,7 +13,7 @@ from ..training.unlearn_canvas import OBJECTS, STYLES, prompt_for
 if TYPE_CHECKING:
     from ..evaluation import Method
 
-MODES = ("exact", "released", "replace")
+MODES = ("exact", "released", "replace", "contrast")
 BASELINES = ("negative_prompt", "uce", "esd", "neuron_masking")
 
 
@@ -31,7 +31,8 @@ def methods(
     Args:
         names: none, one of BASELINES, or NAME-MODE: steering by the SAEs and tables of `folder/NAME`, which has
             `sae/HOOK_POINT` and `concepts/HOOK_POINT`, in one of MODES.
-        strength: for all concepts and their assigned latents; None for each concept's settings in its table.
+        strength: for all concepts and their assigned latents; None for each concept's settings in its table, but with
+            mode "contrast".
 
     Raises:
         ValueError: an unknown name, or a table was made with another SAE.
@@ -65,6 +66,8 @@ def _sparse(name: str, folder: Path, mode: str, strength: float | None, device: 
     for point in points:
         tables[point].check_sae(saes[point])
     stored = strength is None
+    if stored and mode == "contrast":
+        raise ValueError(f"strength: expected one for {name}, about -1.5; those in tables are of other modes")
     settings = {
         kind: Setting({point: strength or 0.0 for point in points if kind in tables[point].kinds}, mode=mode)
         for kind in sorted({kind for table in tables.values() for kind in table.kinds})
