@@ -17,11 +17,13 @@ erasing = pytest.importorskip("erasing", reason="diffusers or transformers is no
 pipelines = pytest.importorskip("pipelines", reason="diffusers or transformers is not installed")
 
 gpu = pytest.mark.gpu
-MODES = ["exact", "released"]
+MODES = ["exact", "released", "contrast"]
 COMPILED = [
     pytest.param("cpu", {"backend": "aot_eager"}, "exact", id="cpu-exact"),
     pytest.param("cpu", {"backend": "aot_eager"}, "released", id="cpu-released"),
+    pytest.param("cpu", {"backend": "aot_eager"}, "contrast", id="cpu-contrast"),
     pytest.param("cuda", {"backend": "inductor"}, "exact", id="inductor-exact", marks=gpu),
+    pytest.param("cuda", {"backend": "inductor"}, "contrast", id="inductor-contrast", marks=gpu),
     pytest.param("cuda", {"mode": "reduce-overhead"}, "released", id="reduce-overhead-released", marks=gpu),
 ]
 
@@ -53,7 +55,7 @@ class Scene:
     def erased(self, unet: Any = None, **options: Any) -> Any:
         unet = self.unet if unet is None else unet
         return saemnesia_fast.apply_erasure(
-            unet, self.sae, self.table, "cat", strength=-40.0, num_latents=5, max_latents=16, **options
+            unet, self.sae, self.table, "cat", strength=-40.0, num_latents=5, max_latents=16, cfg=True, **options
         )
 
     @torch.no_grad()
@@ -179,7 +181,8 @@ def test_a_step_never_waits_for_the_device(mode: str) -> None:
 def test_a_gpu_erases_what_the_cpu_erases(mode: str) -> None:
     here, there = Scene("cpu"), Scene("cuda")
     with here.erased(mode=mode) as expected, there.erased(mode=mode) as erasure:
-        assert "erase on cuda:0: triton" in erasure.explain()
+        op = "probe" if mode == "contrast" else "erase"
+        assert f"{op} on cuda:0: triton" in erasure.explain()
         for change, _ in zip(here.course(expected), there.course(erasure), strict=True):
             torch.testing.assert_close(there.call().cpu(), here.call(), rtol=1e-4, atol=1e-4, msg=named(change))
 
