@@ -165,7 +165,7 @@ class Tiny:
 
 def erasure(**options: Any) -> SparseErasure:
     sae, table = sae_and_table()
-    settings = {"object": Setting({HOOK_POINT: -40.0}, num_latents=12, **options)}
+    settings = {"object": Setting(**({"strength": {HOOK_POINT: -40.0}, "num_latents": 12} | options))}
     return SparseErasure("sparse", "this test", {HOOK_POINT: sae}, {HOOK_POINT: table}, settings)
 
 
@@ -245,12 +245,14 @@ def test_loss_is_the_mean_error_of_the_prediction(benchmark, kind, monkeypatch):
     torch.testing.assert_close(loss, (answer - wanted).square().mean()[None])
 
 
-@pytest.mark.parametrize("halves", ["both", "cond"])
-def test_descent_lowers_the_loss_of_an_erased_pipeline(benchmark, halves):
+@pytest.mark.parametrize(
+    "options", [{"halves": "both"}, {"halves": "cond"}, {"mode": "contrast", "strength": {HOOK_POINT: -1.5}}]
+)
+def test_descent_lowers_the_loss_of_an_erased_pipeline(benchmark, options):
     """On draws of its own, for every prompt."""
     before = everything(benchmark.pipe)
     attack = GradientAttack(2, "continuous", iterations=8, every=8, draws=2, learning_rate=3.0)
-    with attacked(replace(benchmark, limit=9.0), erasure(halves=halves)) as target:
+    with attacked(replace(benchmark, limit=9.0), erasure(**options)) as target:
         seen: list[Tensor] = []
         paint = target.attempt
         target.attempt = lambda prefix, rows: (seen.append(prefix), paint(prefix, rows))[1]  # type: ignore[method-assign]

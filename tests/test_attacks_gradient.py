@@ -82,10 +82,13 @@ def test_a_wrong_timestep_gives_another_gradient(unet):
         assert (ours - other).norm() > 0.01 * ours.norm()
 
 
-def test_gradient_of_token_replacement_is_a_difference_quotient(unet, each_backend):
+@pytest.mark.parametrize(
+    "options", [{"mode": "replace"}, {"mode": "contrast", "anchor": "dog", "strength": -1.5, "cfg": True}]
+)
+def test_gradient_of_moved_tokens_is_a_difference_quotient(unet, options, each_backend):
     sae, table = sae_and_table()
     direction = torch.randn(2, 16, 32, dtype=torch.float64)
-    with apply_erasure(unet, sae, table, "cat", mode="replace", **(STRONG | {"num_latents": 6})):
+    with apply_erasure(unet, sae, table, "cat", **(STRONG | {"num_latents": 6} | options)):
         ours = gradient(unet)
         with torch.no_grad():
             up, down = (call(unet, random_states() + shift * direction) for shift in (1e-5, -1e-5))

@@ -35,6 +35,10 @@ class FreePrefix:
         """Ids of the tokens that a prefix may hold: all but the special ones."""
         self.vocabulary: Tensor = embedding.weight.detach()[self.allowed].float()
         """[V, D] float32: their embeddings."""
+        empty = pipe.tokenizer("", padding="max_length", max_length=length, return_tensors="pt").input_ids
+        with torch.no_grad():
+            self.empty: Tensor = pipe.text_encoder(empty.to(embedding.weight.device))[0]
+        """[1, L, C]: what cross-attention reads of no prompt."""
 
     def states(self, prefix: Tensor, rows: Tensor) -> Tensor:
         """What cross-attention reads [n, L, C] of prompts `rows` [n] behind prefixes [n, k, D]. Differentiable."""
@@ -75,15 +79,3 @@ def reading(pipe: Any, states: Mapping[str, Tensor]) -> Iterator[None]:
         del pipe.encode_prompt
         if own is not None:
             pipe.encode_prompt = own
-
-
-@contextmanager
-def one_half(pipe: Any) -> Iterator[None]:
-    """While open, erasures take the calls of the UNet for ones without an unconditional half."""
-    before = getattr(pipe, "_guidance_scale", None)
-    pipe._guidance_scale = 1.0
-    try:
-        _ = pipe.do_classifier_free_guidance  # a pipeline says so where it is asked
-        yield
-    finally:
-        pipe._guidance_scale = before

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..methods import Benchmark
-from .prefix import FreePrefix, one_half, reading
+from .prefix import FreePrefix, reading
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,12 @@ class Target:
         signal, spread = a.sqrt(), (1 - a).sqrt()
         wanted = {"epsilon": noise, "v_prediction": signal * noise - spread * x, "sample": x}
         states = self.prefix.states(prefix, rows).repeat_interleave(draws, 0)
-        with one_half(pipe):
-            noisy = (signal * x + spread * noise).to(pipe.unet.dtype)
-            prediction = pipe.unet(noisy, t, encoder_hidden_states=states.to(noisy), return_dict=False)[0]
+        noisy = signal * x + spread * noise
+        if pipe.do_classifier_free_guidance:  # as it paints: an edit may read both halves
+            empty = self.prefix.empty.expand_as(states)
+            noisy, t, states = (torch.cat(both) for both in ((noisy, noisy), (t, t), (empty, states)))
+        noisy = noisy.to(pipe.unet.dtype)
+        prediction = pipe.unet(noisy, t, encoder_hidden_states=states.to(noisy), return_dict=False)[0][-len(x) :]
         for row in rows.tolist():
             self.findings[row].gradients += draws
         error = prediction.float() - wanted[pipe.scheduler.config.prediction_type]
