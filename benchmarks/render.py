@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 EVALUATION = RESULTS / "minicanvas.json"
 SEQUENCE = RESULTS / "minicanvas_sequence.json"
+PAIRS = RESULTS / "minicanvas_pairs.json"
 SEARCHES = [RESULTS / f"sweep_{method}.json" for method in ("saemnesia", "saeuron")]
 ATTACKS = {name: RESULTS / f"attack_{name}.json" for name in ("vocabulary", "continuous", "search")}
 LATENTS = RESULTS / "analyse_scores.json"
@@ -48,7 +49,7 @@ def erasure_table(methods: Sequence[str] | None = None) -> str:
 
 def erasure_methods() -> str:
     """The same for the README: the papers' SAEs beside the strongest of the others."""
-    return erasure_table(("none", "saeuron-exact", "saemnesia-exact", "uce"))
+    return erasure_table(("none", "saeuron-exact", "saemnesia-exact", "saemnesia-contrast", "uce"))
 
 
 def sequence_table() -> str:
@@ -64,6 +65,21 @@ def sequence_table() -> str:
             fall = single[method][kind]["scores"]["average"]["mean"] - group["scores"]["average"]["mean"]
             count = f"{len(group['cases'])} of {len(group['cases']) + 1} {kind}s"
             lines.append(f"| {count} | {method} | {_scores(group, ('UA', 'IRA', 'CRA', 'average'))} | {fall:.1f} |")
+    return "\n".join([*lines, "", _means_over_seeds(report)])
+
+
+def pairs_table() -> str:
+    """Every two concepts of MiniCanvas, of one kind or of two, erased together."""
+    if not PAIRS.exists():
+        return NOT_YET
+    report = _read(PAIRS)
+    lines = ["| erased together | by | UA | IRA | CRA | debris | FID |", "|---|---|---|---|---|---|---|"]
+    pairs = report["protocols"]["pairs"]
+    for group in next(iter(pairs.values())):
+        for method, groups in pairs.items():
+            found = groups[group]
+            scores = f"{_scores(found, SCORES)} | {found['fid']:.2f}"
+            lines.append(f"| {len(found['cases'])} pairs, {group} | {method} | {scores} |")
     return "\n".join([*lines, "", _means_over_seeds(report)])
 
 

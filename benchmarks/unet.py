@@ -43,7 +43,13 @@ def contest(case: Case, device: str) -> Contest:
     capturable = case.variant == "graphed"
     plain = setup.against(None, 0)
     providers = [Provider(BASELINE, partial(setup.call, setup.unet), errors=plain, capturable=capturable)]
-    for mode, flagged in (("exact", 0), ("exact", 64), ("exact", case.M), ("released", case.M)):
+    for mode, flagged in (
+        ("exact", 0),
+        ("exact", 64),
+        ("exact", case.M),
+        ("released", case.M),
+        ("contrast", case.M),
+    ):
         name = f"ours {mode}, {flagged} flagged"
         providers.append(
             Provider(
@@ -131,6 +137,9 @@ class Setup:
             if mode is None:
                 return block
             tokens = block.permute(0, 2, 3, 1)
+            if mode == "contrast":  # every conditional token: all are flagged
+                without, given = block.double()
+                return torch.stack([without, given + FACTOR * (given - without)]).to(block.dtype)
             exact, _ = reference(tokens.flatten(0, 2), self.weights, self.lines(flagged), self.case.k, mode, 0.0)
             return exact.view(tokens.shape).permute(0, 3, 1, 2).to(block.dtype)
 
