@@ -19,7 +19,7 @@ SEQUENCE = RESULTS / "minicanvas_sequence.json"
 PAIRS = RESULTS / "minicanvas_pairs.json"
 SEARCHES = [RESULTS / f"sweep_{method}.json" for method in ("saemnesia", "saeuron")]
 ATTACKS = {name: RESULTS / f"attack_{name}.json" for name in ("vocabulary", "continuous", "search")}
-LATENTS = RESULTS / "analyse_scores.json"
+LATENTS, SEPARABILITY = (RESULTS / f"analyse_{what}.json" for what in ("scores", "separability"))
 KINDS = ("object", "style")
 SCORES = ("UA", "IRA", "CRA", "debris")
 DEMO = RESULTS / "demo.json"
@@ -126,17 +126,21 @@ def latents_table() -> str:
     """How far the concepts' latents stand out in each SAE (SPEC 2.2)."""
     columns = ("peak", "needed", "overlap")
     lines = [
-        "| SAE | concepts | highest score | x the first SAE's | latents for 90 % of it | shared of the 10 best |",
-        "|---|---|---|---|---|---|",
+        "| SAE | concepts | highest score | x SAeUron's | latents for 90 % of it | shared of the 10 best "
+        "| separability |",
+        "|---" * 7 + "|",
     ]
     first: dict[tuple[str, str], float] = {}
+    separable = _read(SEPARABILITY)
     for name, kinds in _read(LATENTS).items():
         point = name.partition(" at ")[2]
         for kind, found in kinds.items():
             peak, needed, overlap = (found["mean"][column] for column in columns)
             ratio = f"{peak / first.setdefault((point, kind), peak):.1f}"
             count = len(found["concepts"])
-            lines.append(f"| {name} | {count} {kind}s | {peak:.3f} | {ratio} | {needed:.0f} | {100 * overlap:.0f} % |")
+            apart = separable[name][kind]["mean"]["separability"]
+            shown = f"{peak:.3f} | {ratio} | {needed:.0f} | {100 * overlap:.0f} % | {apart:.2f}"
+            lines.append(f"| {name} | {count} {kind}s | {shown} |")
     return "\n".join([*lines, "", "Means over the concepts; a score is a mean over the timesteps."])
 
 
@@ -341,6 +345,7 @@ FIGURES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/evaluation.md": {
         "erasure-table": erasure_table,
         "sequence-table": sequence_table,
+        "pairs-table": pairs_table,
         "search-table": search_table,
         "latents-table": latents_table,
         "attack-table": attack_table,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +30,8 @@ class Demo:
     """An object to erase; may be repeated. Without any object or style: flower."""
     style: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default_factory=tuple)
     """A style to erase; may be repeated."""
+    method: str = "saeuron-exact"
+    """What erases, as for `evaluate`."""
     out: Path = Path("demo")
     """Folder for the PNG and the JSON."""
     images: int = 3
@@ -39,8 +41,11 @@ class Demo:
 
     def run(self) -> None:
         quiet_libraries()
+        from ..evaluation import mean_scores
+        from ..evaluation.units import described
         from ..minicanvas.canvas import KINDS, MiniCanvas, requests
         from ..minicanvas.drawing import OBJECTS, STYLES
+        from ..minicanvas.methods import methods
         from ..minicanvas.picture import comparison
 
         concepts = [*self.object, *self.style] or ["flower"]
@@ -49,16 +54,26 @@ class Demo:
                 if name not in KINDS[kind]:
                     raise ValueError(f"{kind}: expected one of {', '.join(KINDS[kind])}, got {name!r}")
         canvas = MiniCanvas.load()
+        (method,) = methods([self.method], canvas, work=self.out / "weights")
         wanted = requests(self.images, self.seed)
         canvas.paint(wanted[:2])
         before, plain_seconds = _timed(canvas, wanted, "before")
-        with canvas.erased(concepts):
-            after, erased_seconds = _timed(canvas, wanted, "after")
+        with method.erased(canvas.pipe, concepts) as arguments:
+            after, erased_seconds = _timed(canvas, wanted, "after", arguments)
 
         name = "without-" + "-".join(concepts).replace(" ", "_")
         shown = len(OBJECTS) * len(STYLES)
         scores = canvas.scores(after, wanted, concepts)
-        report = _report(concepts, scores, canvas, plain_seconds / len(wanted), erased_seconds / len(wanted), self)
+        seconds = {"before": plain_seconds, "after": erased_seconds}
+        report = {
+            **mean_scores(list(scores.values())).as_dict(),
+            "erased": concepts,
+            "by_kind": {kind: one.as_dict() for kind, one in scores.items()},
+            "images": len(wanted),
+            "seed": self.seed,
+            "seconds_per_image": {when: round(spent / len(wanted), 4) for when, spent in seconds.items()},
+            "method": described(method),
+        }
         caption = f"erased: {', '.join(concepts)}    UA {report['UA']}   IRA {report['IRA']}   CRA {report['CRA']}"
         picture = comparison(before[:shown], after[:shown], concepts, caption)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -67,26 +82,12 @@ class Demo:
         _print(report, self.out / name)
 
 
-def _timed(canvas: MiniCanvas, wanted: Sequence[Request], label: str) -> tuple[Tensor, float]:
+def _timed(
+    canvas: MiniCanvas, wanted: Sequence[Request], label: str, arguments: Mapping[str, Any] | None = None
+) -> tuple[Tensor, float]:
     started = time.perf_counter()
-    images = canvas.paint(wanted, progress=label)
+    images = canvas.paint(wanted, arguments=arguments, progress=label)
     return images, time.perf_counter() - started
-
-
-def _report(
-    concepts: Sequence[str], scores: dict[str, Any], canvas: MiniCanvas, plain: float, erased: float, demo: Demo
-) -> dict[str, Any]:
-    from ..evaluation import mean_scores
-
-    mean = mean_scores(list(scores.values())).as_dict()
-    return mean | {
-        "erased": list(concepts),
-        "by_kind": {kind: one.as_dict() for kind, one in scores.items()},
-        "images": demo.images * 48,
-        "seed": demo.seed,
-        "seconds_per_image": {"before": round(plain, 4), "after": round(erased, 4)},
-        "settings": {kind: vars(canvas.settings[kind]) for kind in scores},
-    }
 
 
 def _print(report: dict[str, Any], stem: Path) -> None:
