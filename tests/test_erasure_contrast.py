@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from pipelines import generate, tiny_sd, tiny_sd_to_compile, tiny_unet
 from saemnesia_fast.concepts import ConceptTable
 from saemnesia_fast.erasure import apply_erasure
 from saemnesia_fast.erasure.contrast import Contrast
+from saemnesia_fast.evaluation import ContrastErasure, Setting
 from saemnesia_fast.hookpoints import find_hook_point
 
 DETECTING: dict[str, Any] = {"num_latents": 3, "cfg": True}
@@ -177,11 +179,46 @@ def test_the_table_knows_what_is_alike_and_how_a_concept_departs():
     mu = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0.1, 1, 1]])[:, None]
     kinds = ["object", "object", "object", "style", "object"]
     table = ConceptTable(mu, torch.tensor([1]), names, kinds, HOOK_POINT, "0")
-    assert table.alike("a") == ["b", "c", "d"]
-    assert table.alike(["c", "d"]) == ["b", "a"]
-    assert table.alike(["neon"]) == []
-    with pytest.raises(ValueError, match=r"concepts: \['e'\] not in the table"):
-        table.alike("e")
+    assert list(table.likeness("a")) == ["b", "c", "d"] and table.likeness(["neon"]) == {}
+    assert list(table.likeness(["c", "d"])) == ["b", "a"]
+    centred = mu[[0, 1, 2, 4], 0] - mu[[0, 1, 2, 4], 0].mean(0)
+    expected = torch.cosine_similarity(centred[2:].mean(0), centred[0], 0)
+    assert table.likeness(["c", "d"])["a"] == pytest.approx(float(expected), abs=1e-6)
     W_dec = torch.randn(4, 3)
-    expected = (mu[2, 0] - mu[[0, 1, 2, 4], 0].mean(0)) @ W_dec
-    torch.testing.assert_close(table.departure("c", W_dec)[0], expected)
+    torch.testing.assert_close(table.departure("c", W_dec)[0], centred[2] @ W_dec)
+    for method in (table.likeness, lambda name: table.departure(name, W_dec)):
+        with pytest.raises(ValueError, match=r"concepts: \['e'\] not in the table"):
+            method("e")
+    with pytest.raises(ValueError, match="concept: expected one beside others of its kind, got 'neon'"):
+        table.departure("neon", W_dec)
+
+
+def test_an_evaluations_anchor_is_one_for_all_hook_points():
+    """Of two tables that disagree, the one with the clearer word decides; a concept alone in its kind has none."""
+    sae, other = random_sae(), random_sae(OTHER_HOOK_POINT)
+    rows = {
+        HOOK_POINT: [[1.0, 0, 0], [0.5, 0.5, 0], [0, 0, 1.0]],
+        OTHER_HOOK_POINT: [[1.0, 0, 0], [0, 0.6, 0.4], [0, 0.5, 0.5]],
+    }
+    tables = {}
+    for (point, some), one in zip(rows.items(), (sae, other), strict=True):
+        mu = torch.zeros(4, 1, one.num_latents)
+        mu[:3, 0, :3] = torch.tensor(some)
+        mu[3, 0, 0] = 1
+        names, kinds = ["cat", "dog", "wolf", "sketch"], ["object", "object", "object", "style"]
+        tables[point] = ConceptTable(mu, torch.tensor([1]), names, kinds, point, one.content_hash())
+    settings = {
+        "object": Setting(dict.fromkeys(rows, -1.5), num_latents=1, mode="contrast"),
+        "style": Setting({HOOK_POINT: -1.0}, num_latents=1, mode="contrast"),
+    }
+    method = ContrastErasure("contrast", "this test", {HOOK_POINT: sae, OTHER_HOOK_POINT: other}, tables, settings)
+
+    def anchors(*erased: str) -> set[Any]:
+        with method.handles(tiny_sd(), erased) as handles:
+            return {line.partition("anchor=")[2].split(",")[0] for one in handles for line in [one.explain()]}
+
+    assert [min(one.likeness("cat"), key=one.likeness("cat").__getitem__) for one in tables.values()] == ["wolf", "dog"]
+    assert anchors("cat") == {"'wolf'"} and anchors("wolf") == {"'cat'"} and anchors("cat", "wolf") == {"'dog'"}
+    assert anchors("sketch") == {"None"}
+    with pytest.raises(ValueError, match="strength: expected one for contrast"):
+        replace(method, stored=True)

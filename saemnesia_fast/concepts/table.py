@@ -109,22 +109,29 @@ class ConceptTable:
         mean_scores = torch.stack([scorer(c).mean(0) for c in range(len(self.concepts))])
         return assign_latents(mean_scores, self.concepts, self.kinds)
 
-    def alike(self, concepts: str | Iterable[str]) -> list[str]:
-        """The other concepts of the same kinds, those first whose mean activations are most like theirs.
+    def likeness(self, concepts: str | Iterable[str]) -> dict[str, float]:
+        """How much the other concepts of the same kinds are like these, from -1 to 1, the most alike first.
 
-        By the cosine between mu of the two, averaged over `concepts` and taken from the mean of all the table's.
+        The cosine between the mean activations of `concepts` and those of the other, both less the mean of the kinds'.
         """
         rows = self._rows([concepts] if isinstance(concepts, str) else concepts)
         kinds = {self.kinds[c] for c in rows}
-        centred = (self.mu - self.mu.mean(0)).flatten(1)
-        likeness = torch.nn.functional.cosine_similarity(centred, centred[rows].mean(0)[None])
-        ranked = likeness.sort(descending=True, stable=True).indices.tolist()
-        return [self.concepts[c] for c in ranked if c not in rows and self.kinds[c] in kinds]
+        mine = [c for c, kind in enumerate(self.kinds) if kind in kinds]
+        centred = (self.mu[mine] - self.mu[mine].mean(0)).flatten(1)
+        erased = torch.tensor([c in rows for c in mine])
+        cosines = torch.nn.functional.cosine_similarity(centred, centred[erased].mean(0)[None])
+        ranked = cosines.sort(descending=True, stable=True).indices.tolist()
+        return {self.concepts[mine[i]]: float(cosines[i]) for i in ranked if mine[i] not in rows}
 
     def departure(self, concept: str, W_dec: Tensor) -> Tensor:
-        """[T, d] float32: how the concept's mean reconstruction departs from the mean of its kind, W_dec [N, d]."""
+        """[T, d] float32: the concept's mean reconstruction less that of its kind, W_dec [N, d].
+
+        Raises ValueError for the only concept of its kind, which departs from nothing.
+        """
         (row,) = self._rows([concept])
         kind = [c for c, one in enumerate(self.kinds) if one == self.kinds[row]]
+        if len(kind) == 1:
+            raise ValueError(f"concept: expected one beside others of its kind, got {concept!r}, the only one")
         return (self.mu[row] - self.mu[kind].mean(0)) @ W_dec.detach().to("cpu", torch.float32)
 
     def check_sae(self, sae: TopKSAE) -> None:

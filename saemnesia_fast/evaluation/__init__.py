@@ -1,7 +1,7 @@
 """How well a concept was erased and the rest was kept (SPEC 5.3): methods, protocols, scores and reports."""
 
 from .frechet import frechet_distance
-from .methods import Benchmark, Judgement, Method, NoErasure, Request, Setting, SparseErasure
+from .methods import Benchmark, ContrastErasure, Judgement, Method, NoErasure, Request, Setting, SparseErasure
 from .metrics import ErasureScores, erasure_scores, mean_scores
 from .outcome import Outcome
 from .protocols import PROTOCOLS, Case, cases
@@ -13,6 +13,7 @@ __all__ = [
     "PROTOCOLS",
     "Benchmark",
     "Case",
+    "ContrastErasure",
     "ErasureScores",
     "Judgement",
     "Method",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -131,7 +132,6 @@ class SparseErasure:
     """Steering of SAE latents (SPEC 3): SAeUron and SAEmnesia, by the SAEs, tables and settings that they are given.
 
     Kinds whose settings name the same hook point are erased there at once; they may differ in strength and num_latents.
-    With mode "contrast" the anchor is the concept of their kind that is least like the erased ones.
     """
 
     name: str
@@ -183,11 +183,34 @@ class SparseErasure:
         shared, *others = [replace(setting, strength={}, num_latents=None) for setting in settings.values()]
         if any(other != shared for other in others):
             raise ValueError(f"settings: expected kinds erased at {point} to differ in strength and num_latents alone")
-        kept = self.tables[point].alike(settings) if shared.mode == "contrast" else []
         return asdict(shared) | {
-            "anchor": kept[-1] if kept else None,
             "concepts": list(settings),
             "strength": {concept: setting.strength[point] for concept, setting in settings.items()},
             "num_latents": {concept: setting.num_latents for concept, setting in settings.items()},
             **(self.tables[point].stored(settings) if self.stored else {}),
         }
+
+
+@dataclass(frozen=True)
+class ContrastErasure(SparseErasure):
+    """Steering along what the prompt adds (mode "contrast"), towards the concept least like the erased ones.
+
+    The anchor is one for all hook points of a kind: of the lowest `ConceptTable.likeness`, summed over them.
+
+    Raises:
+        ValueError: `stored`, as the strengths in tables are of other modes.
+    """
+
+    def __post_init__(self) -> None:
+        if self.stored:
+            raise ValueError(f"strength: expected one for {self.name}, as those in tables are of other modes")
+
+    def _by_hook_point(self, concepts: Sequence[str]) -> dict[str, dict[str, Any]]:
+        found = super()._by_hook_point(concepts)
+        for options in found.values():
+            likeness = Counter[str]()
+            for point, others in found.items():
+                if others["concepts"] == options["concepts"]:
+                    likeness.update(self.tables[point].likeness(options["concepts"]))
+            options["anchor"] = min(likeness, key=likeness.__getitem__) if likeness else None
+        return found

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import Method, NoErasure, SparseErasure
+from ..evaluation import ContrastErasure, Method, NoErasure, SparseErasure
 from .baselines import BASELINES, REPLACE, baseline
 from .canvas import WEIGHTS, MiniCanvas, load_sparse
 from .settings import CONTRAST_SETTINGS
@@ -73,4 +73,5 @@ def sparse_erasure(name: str, canvas: MiniCanvas, supervised: Path = SUPERVISED)
     if variant in OWN_SETTINGS:
         given, changes = OWN_SETTINGS[variant], {} if source is SAEURON else {"num_latents": None}
     settings = {kind: replace(setting, **changes) for kind, setting in given.items()}
-    return SparseErasure(name, source, *sparse[:2], settings, stored=name.endswith("-stored"))
+    erasure = ContrastErasure if variant == "contrast" else SparseErasure
+    return erasure(name, source, *sparse[:2], settings, stored=name.endswith("-stored"))

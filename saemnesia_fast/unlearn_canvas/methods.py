@@ -56,7 +56,7 @@ def _method(name: str, folder: Path, strength: float | None, steps: int, guidanc
 
 
 def _sparse(name: str, folder: Path, mode: str, strength: float | None, device: str) -> Method:
-    from ..evaluation import Setting, SparseErasure
+    from ..evaluation import ContrastErasure, Setting, SparseErasure
 
     points = sorted(path.parent.name for path in (folder / "sae").glob(f"*/{CONFIG_NAME}"))
     if not points:
@@ -66,13 +66,12 @@ def _sparse(name: str, folder: Path, mode: str, strength: float | None, device: 
     for point in points:
         tables[point].check_sae(saes[point])
     stored = strength is None
-    if stored and mode == "contrast":
-        raise ValueError(f"strength: expected one for {name}, about -1.5; those in tables are of other modes")
     settings = {
         kind: Setting({point: strength or 0.0 for point in points if kind in tables[point].kinds}, mode=mode)
         for kind in sorted({kind for table in tables.values() for kind in table.kinds})
     }
-    return SparseErasure(name, f"SAEs of {folder.name}", saes, tables, settings, stored=stored)
+    erasure = ContrastErasure if mode == "contrast" else SparseErasure
+    return erasure(name, f"SAEs of {folder.name}", saes, tables, settings, stored=stored)
 
 
 def _baseline(name: str, folder: Path, steps: int, guidance_scale: float) -> Method:
