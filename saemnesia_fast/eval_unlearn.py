@@ -63,6 +63,8 @@ class SaemnesiaFast:
         dtype = torch.float16 if use_fp16 and torch.device(device).type == "cuda" else torch.float32
         concepts = [name.strip() for name in erase_concept.split(",")]
         concept_table = ConceptTable.load(table)
+        if strength is None and mode == "contrast":
+            raise ValueError("strength: expected one with mode 'contrast', as those in tables are of other modes")
         options = concept_table.stored(concepts) if strength is None else {"strength": strength}
         autoencoder = TopKSAE.from_pretrained(sae, sae_subfolder, sae_revision, device=device)
         pipe: Any = DiffusionPipeline.from_pretrained(model_id, revision=revision, dtype=dtype, use_safetensors=True)

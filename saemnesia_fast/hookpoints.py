@@ -89,11 +89,12 @@ def capture(
     its input; {hook point: stream} where they differ. Nothing is changed, and the hooks are gone on exit, also after an
     exception. Compiled UNets run eagerly meanwhile: a compiled graph would ignore the hooks without a word (SPEC 3.10).
 
-    Raises ValueError for an unknown hook point or stream.
+    Raises ValueError for an unknown hook point or stream, or a hook point without one.
     """
-    for one in [stream] if isinstance(stream, str) else stream.values():
-        if one not in STREAMS:
-            raise ValueError(f"stream: expected one of {STREAMS}, got {one!r}")
+    streams = dict.fromkeys(hook_points, stream) if isinstance(stream, str) else dict(stream)
+    for name in hook_points:
+        if streams.get(name) not in STREAMS:
+            raise ValueError(f"stream: expected one of {STREAMS} at {name}, got {streams.get(name)!r}")
     unet = get_unet(pipe)
     blocks = {name: find_hook_point(unet, name) for name in hook_points}
     timestep: Tensor | None = None
@@ -105,7 +106,7 @@ def capture(
     def report(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             activation = block_output(output).detach()
-            if (stream if isinstance(stream, str) else stream[name]) == "residual":
+            if streams[name] == "residual":
                 activation = activation - block_input(args, kwargs).detach()
             if timestep is None:
                 raise RuntimeError("the block ran outside a UNet call, so its timestep is unknown")

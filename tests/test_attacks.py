@@ -208,6 +208,7 @@ def test_a_prefix_of_tokens_is_what_the_pipeline_reads_of_the_text(benchmark):
         with reading(pipe, {"1": states[1], "0": states[0]}):
             swapped, same = pipe.encode_prompt(["1", "0"], "cpu", 1, True)
     assert torch.equal(swapped, states.flip(0)) and torch.equal(same, negative)
+    torch.testing.assert_close(free.empty.expand_as(negative), negative)
     assert torch.equal(free.nearest(free.vocabulary[positions] + 1e-4), positions)
     assert not {*pipe.tokenizer.all_special_ids} & {*free.allowed}
 

@@ -42,6 +42,20 @@ def test_images_are_those_of_apply_erasure(saved):
                 assert np.array_equal(np.asarray(written), np.asarray(expected))
 
 
+def test_contrast_begins_with_a_strength_of_its_own(saved, capsys):
+    pipe, sae, folder = saved
+    options = ["--sae-subfolder", HOOK_POINT, "--concept", "cat", "--prompt", "a cat", "--mode", "contrast"]
+    main(arguments(folder, *options, "--anchor", "dog", "--steps", "2"))
+    table = ConceptTable.load(folder / "table")
+    with apply_erasure(pipe, sae, table, "cat", -1.5, "contrast", anchor="dog"):
+        (expected,) = generate(pipe, "a cat", seed=0, num_inference_steps=2, guidance_scale=7.5, output_type="pil")
+    with Image.open(folder / "out" / "000.png") as written:
+        assert np.array_equal(np.asarray(written), np.asarray(expected))
+    with pytest.raises(SystemExit):
+        main(arguments(folder, *options, "--stored"))
+    assert "stored: expected a strength with contrast" in capsys.readouterr().err
+
+
 def test_stored_settings_come_before_what_is_given(saved):
     pipe, sae, folder = saved
     table = ConceptTable.load(folder / "table")

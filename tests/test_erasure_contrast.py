@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -125,16 +126,20 @@ def test_it_needs_guidance_and_an_anchor_that_is_not_erased():
     sae, table = sae_and_table()
     with pytest.raises(ValueError, match=r"cfg: expected True or False with .* mode='contrast'"):
         apply_erasure(pipe.unet, sae, table, "cat", mode="contrast")
+    with pytest.raises(ValueError, match="cfg: expected guidance with mode='contrast', got False"):
+        apply_erasure(pipe.unet, sae, table, "cat", mode="contrast", cfg=False)
     with pytest.raises(ValueError, match="anchor: expected none with mode='exact', got 'dog'"):
         apply_erasure(pipe, sae, table, "cat", anchor="dog")
     with pytest.raises(ValueError, match=r"concepts: \['wolf'\] not in the table"):
         apply_erasure(pipe, sae, table, "cat", mode="contrast", anchor="wolf")
     with pytest.raises(ValueError, match="concepts: expected others than the anchor 'cat'"):
         apply_erasure(pipe, sae, table, "cat", mode="contrast", anchor="cat")
-    before = generate(pipe)
+    before, unguided = generate(pipe), generate(pipe, guidance_scale=1.0)
     with apply_erasure(pipe, sae, table, "cat", mode="contrast", anchor="dog") as erasure:
         with pytest.raises(RuntimeError, match="mode 'contrast' needs guidance"):
             generate(pipe, guidance_scale=1.0)
+        with erasure.paused():
+            assert torch.equal(generate(pipe, guidance_scale=1.0), unguided)
         with pytest.raises(ValueError, match="concepts: expected others than the anchor 'dog'"):
             erasure.set(["dog"])
     assert torch.equal(generate(pipe), before)
@@ -145,7 +150,17 @@ def test_a_pipeline_is_erased_reported_changed_paused_and_left_as_it_was():
     sae, table = sae_and_table()
     prompts = ["a cat", "a dog"]
     before = generate(pipe, prompts)
-    options = {"mode": "contrast", "strength": -1.5, "num_latents": 3, "record": True}
+    options = {"mode": "contrast", "strength": -1.5, "num_latents": 3}
+    several = generate(pipe, prompts, num_images_per_prompt=2)
+    with apply_erasure(pipe, sae, table, [["cat"], []], **options):
+        erased = generate(pipe, prompts, num_images_per_prompt=2)
+        assert [torch.equal(one, other) for one, other in zip(erased, several, strict=True)] == [
+            False,
+            False,
+            True,
+            True,
+        ]
+    options["record"] = True
     with apply_erasure(pipe, sae, table, [["cat"], []], **options) as erasure:
         erased = generate(pipe, prompts)
         (report,) = erasure.report()
@@ -157,6 +172,43 @@ def test_a_pipeline_is_erased_reported_changed_paused_and_left_as_it_was():
         with erasure.paused():
             assert torch.equal(generate(pipe, prompts), before)
     assert torch.equal(generate(pipe, prompts), before)
+
+
+def test_each_concept_has_its_strength_and_steps_outside_the_window_stay():
+    """Where two concepts are detected, the more active latent's goes."""
+    unet = tiny_unet()
+    sae, table = sae_and_table()
+    plain = {t: unet_call(unet, timestep=t) for t in (501, 251)}
+    options: dict[str, Any] = {"mode": "contrast", "num_latents": 12, "cfg": True}
+    seen = {}
+    for names, strength in ((["cat"], -1.0), (["dog"], -2.0), (["cat", "dog"], {"cat": -1.0, "dog": -2.0})):
+        with apply_erasure(unet, sae, table, names, strength=strength, **options):
+            seen[len(names), names[-1]] = unet_call(unet, timestep=501)
+    cat, dog, both = seen.values()
+    moved = changed(both, plain[501])
+    close = [(tokens(both) - tokens(one)).abs().amax(-1)[moved] < 1e-5 for one in (cat, dog)]
+    assert (
+        moved.any() and (close[0] | close[1]).all() and all((one & ~other).any() for one, other in (close, close[::-1]))
+    )
+    with apply_erasure(unet, sae, table, "dog", strength=-2.0, start=0.6, **options):
+        assert torch.equal(unet_call(unet, timestep=501), plain[501])
+        assert not torch.equal(unet_call(unet, timestep=251), plain[251])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_moved_as_float32_is(dtype):
+    """But for tokens whose detection tips over."""
+    sae, table = sae_and_table()
+    unet = tiny_unet()
+    half = torch.nn.Module.to(deepcopy(unet), dtype)
+    blocks = []
+    options: dict[str, Any] = {"mode": "contrast", "strength": -1.5, "num_latents": 12, "cfg": True}
+    for one in (unet, half):
+        with apply_erasure(one, sae, table, "cat", anchor="dog", **options):
+            blocks.append(unet_call(one))
+    moved = changed(blocks[0], unet_call(unet))
+    near = (tokens(blocks[1]).float() - tokens(blocks[0])).abs().amax(-1)[moved] < 0.05
+    assert blocks[1].dtype == dtype and moved.sum() >= 5 and near.float().mean() > 0.8
 
 
 def test_a_compiled_unet_contrasts_in_one_graph():

@@ -232,3 +232,6 @@ def test_sae_table_and_hook_point_must_fit_together():
     table.sampler["stream"] = "residual"
     with pytest.raises(ValueError, match="stream: expected 'residual' as in the table"):
         apply_erasure(unet, sae, table, "cat", stream="output")
+    table.sampler["stream"] = "Residual"
+    with pytest.raises(ValueError, match="table: expected one of output, residual as its stream, got 'Residual'"):
+        apply_erasure(unet, sae, table, "cat")

@@ -18,6 +18,7 @@ pipelines = pytest.importorskip("pipelines", reason="diffusers or transformers i
 
 gpu = pytest.mark.gpu
 MODES = ["exact", "released", "contrast"]
+ANCHOR = "wolf"
 COMPILED = [
     pytest.param("cpu", {"backend": "aot_eager"}, "exact", id="cpu-exact"),
     pytest.param("cpu", {"backend": "aot_eager"}, "released", id="cpu-released"),
@@ -47,13 +48,21 @@ class Scene:
         self.generator = torch.Generator().manual_seed(0)
         self.unet = nn.Module.to(pipelines.tiny_sd_to_compile().unet, device, dtype)
         self.sae = erasing.random_sae(erasing.OTHER_HOOK_POINT).to(dtype)
-        self.table = erasing.random_table(self.sae, erasing.HOOK_POINT)
+        table = erasing.random_table(self.sae, erasing.HOOK_POINT)
+        mu, concepts, kinds = (
+            torch.cat([table.mu, table.mu[:1].flip(-1)]),
+            [*table.concepts, ANCHOR],
+            [*table.kinds, "object"],
+        )
+        self.table = saemnesia_fast.ConceptTable(mu, table.timesteps, concepts, kinds, table.hook_point, table.sae_hash)
         self.draw = draw
         self.sample, self.states = draw(2, 4, 8, 8), draw(2, 16, 32)
         self.timestep = torch.tensor(501, device=device)
 
     def erased(self, unet: Any = None, **options: Any) -> Any:
         unet = self.unet if unet is None else unet
+        if options.get("mode") == "contrast":
+            options["anchor"] = ANCHOR
         return saemnesia_fast.apply_erasure(
             unet, self.sae, self.table, "cat", strength=-40.0, num_latents=5, max_latents=16, cfg=True, **options
         )

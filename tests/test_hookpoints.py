@@ -131,6 +131,8 @@ def test_capture_refuses_rows_at_different_timesteps():
             unet(sample, torch.tensor([5, 9]), encoder_hidden_states=states)
 
 
-def test_capture_refuses_an_unknown_stream():
-    with pytest.raises(ValueError, match="stream: expected one of"), capture(tiny_unet(), [], print, stream="both"):
+@pytest.mark.parametrize("stream", ["both", {HOOK_POINTS[0]: "both"}, {HOOK_POINTS[1]: "output"}])
+def test_capture_refuses_an_unknown_stream(stream):
+    refused = pytest.raises(ValueError, match=f"stream: expected one of .* at {HOOK_POINTS[0]}, got")
+    with refused, capture(tiny_unet(), HOOK_POINTS[:1], print, stream=stream):
         pass

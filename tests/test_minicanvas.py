@@ -138,11 +138,12 @@ def test_one_supervised_latent_erases_a_style_and_the_rest_stays(canvas):
 
 
 def test_demo_writes_picture_and_scores(tmp_path, capsys):
-    main(["demo", "--object", "moon", "--style", "neon", "--images", "1", "--out", str(tmp_path)])
+    erasing = ["--object", "moon", "--style", "neon", "--method", "saemnesia-exact"]
+    main(["demo", *erasing, "--images", "1", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "without-moon-neon.json").read_text())
     assert set(report) >= {"UA", "IRA", "CRA", "seconds_per_image"}
-    assert set(report["by_kind"]) == {"object", "style"}
+    assert set(report["by_kind"]) == {"object", "style"} and report["method"]["name"] == "saemnesia-exact"
     assert report["UA"] == pytest.approx(sum(one["UA"] for one in report["by_kind"].values()) / 2, abs=0.01)
     assert report["seconds_per_image"]["after"] > 0
     with Image.open(tmp_path / "without-moon-neon.png") as picture:

@@ -32,12 +32,12 @@ class Erase:
     """Folder of the SAE inside `sae`, often named after the hook point."""
     sae_revision: str | None = None
     """Commit or tag of the SAE's repository."""
-    strength: float = -5.0
-    """Gamma: negative erases, more negative erases more strongly."""
+    strength: float | None = None
+    """Gamma: negative erases, more negative erases more strongly. -5 if not given, with contrast -1.5."""
     mode: Literal["exact", "released", "reconstruct", "replace", "contrast"] = "exact"
     """The papers' formula; the public code's, which flips the reconstruction error; the reconstruction alone; tokens
     of the concept overwritten by their nearest others, which needs no strength; or moved along what the prompt adds to
-    them, with a strength of about -1.5."""
+    them."""
     anchor: str | None = None
     """With contrast: the concept of the table that comes into their place."""
     halves: Literal["both", "cond"] = "both"
@@ -80,13 +80,17 @@ class Erase:
         from saemnesia_fast.erasure import apply_erasure
         from saemnesia_fast.sae import TopKSAE
 
+        if self.stored and self.mode == "contrast":
+            raise ValueError("stored: expected a strength with contrast, as those in tables are of other modes")
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         table = ConceptTable.load(self.table)
         sae = TopKSAE.from_pretrained(
             self.sae, subfolder=self.sae_subfolder, revision=self.sae_revision, device=device, dtype=torch.float32
         )
         pipe = load_pipeline(self.model, self.revision, device, self.dtype)
-        chosen = {name: getattr(self, name) for name in ("strength", "num_latents", "percentile", "scale")}
+        chosen = {name: getattr(self, name) for name in ("num_latents", "percentile", "scale")}
+        default = -1.5 if self.mode == "contrast" else -5.0
+        chosen["strength"] = default if self.strength is None else self.strength
         if self.stored:
             chosen |= {"percentile": None} | table.stored(self.concept)
         erasure = apply_erasure(

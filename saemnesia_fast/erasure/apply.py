@@ -75,14 +75,14 @@ def apply_erasure(
         strength: gamma, or {concept: gamma}; negative erases (SPEC 3.1).
         mode: "exact", "released" or "reconstruct" (SPEC 3.2), or "replace" (SPEC 3.8): tokens that "exact" would
             steer are overwritten by their nearest other token in the image, whatever the strength and scale. Or
-            "contrast", our own: they are moved along what the prompt adds, the conditional token less the
-            unconditional one, by the strength, whatever the scale: -1 takes it away, -1.5 is a good beginning. It needs
-            guidance, and steers the conditional half.
+            "contrast", our own: they are moved along what the prompt adds, the conditional token less its partner in
+            the unconditional half (or that of the negative prompt), by the strength, whatever the scale: -1 takes it
+            away, -1.5 is a good beginning. It needs guidance, and steers the conditional half.
         halves: steer "both" halves of a guided batch or only the conditional one, "cond".
         start, stop: fractions of the denoising between which to steer, by the true timestep, both ends included.
         num_latents, percentile, scale, reselect: choice of latents and factors, see `ConceptTable.select`.
-        anchor: with mode="contrast", a concept of the table that comes into the place of what is removed, by its mean
-            activations; none of the erased ones.
+        anchor: with mode="contrast", a concept of the table that comes into the place of what is removed, by what its
+            mean reconstruction is more than that of its kind; none of the erased ones.
         stream: the SAE reads the block's "output", or "residual" = output - input (SPEC 3.6); as in the table if not
             given, "output" where that does not say.
         record: gather what `Erasure.report` gives; slower, and a break in compiled graphs.
@@ -121,6 +121,8 @@ def apply_erasure(
             f"cfg: expected True or False with halves='cond', mode='contrast' or a list of concepts for each prompt, "
             f"since {type(pipe).__name__} does not say whether its batch holds two guidance halves"
         )
+    if contrast and cfg is False:
+        raise ValueError("cfg: expected guidance with mode='contrast', got False")
     if anchor is not None and not contrast:
         raise ValueError(f"anchor: expected none with mode={mode!r}, got {anchor!r}")
     scale = "constant" if contrast else scale
@@ -203,6 +205,8 @@ def _check_fit(name: str, block: nn.Module, sae: TopKSAE, table: ConceptTable) -
 
 def _stream(table: ConceptTable, given: str | None) -> str:
     known = table.sampler.get("stream")
+    if known not in (*STREAMS, None):
+        raise ValueError(f"table: expected one of {', '.join(STREAMS)} as its stream, got {known!r}")
     if known and given and known != given:
         raise ValueError(f"stream: expected {known!r} as in the table of {table.hook_point}, got {given!r}")
     return known or given or "output"

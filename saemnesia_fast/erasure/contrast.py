@@ -9,12 +9,12 @@ from saemnesia_fast.concepts import nearest_row
 
 
 class Contrast(nn.Module):
-    """The edit of `mode="contrast"`, our own. Latents say where a concept is, guidance's other half what it adds there.
+    """The edit of `mode="contrast"`, our own. Latents detect a concept, guidance's other half says what it adds there.
 
-    A detected conditional token c with its unconditional partner u, the same place of the same image in the other half
-    of the guided batch, becomes `c + strength * (c - u - a)`. Strength -1 without an anchor leaves u, and what is below
-    goes to u's other side, away from the concept. a is what an anchor, another concept, adds on average; it takes
-    the place of what is removed.
+    A detected conditional token c with its partner u, the same place of the same image in the unconditional half of the
+    guided batch (or that of the negative prompt), becomes `c + strength * (c - u - a)`. Strength -1 without an anchor
+    leaves u, and what is below goes to u's other side, away from the concept. a is what an anchor, another concept,
+    is more than the mean of its kind (`ConceptTable.departure`); it takes the place of what is removed.
 
     Args:
         timesteps: [T] stored timesteps.

@@ -142,9 +142,11 @@ class ErasurePoint:
                 f"got {list(output.shape)}"
             )
         num_halves = None if self.cfg is None else 1 + int(self.cfg)
-        if self.contrast is not None and num_halves != 2:
-            raise RuntimeError(f"{self.name}: mode 'contrast' needs guidance, a batch of two halves")
         self.runs.add(output, tracing)
+        if self.contrast is not None and num_halves != 2:
+            if self.tables.enabled:
+                raise RuntimeError(f"{self.name}: mode 'contrast' needs guidance, a batch of two halves")
+            return output
         if fresh and not tracing and self._may_write_over(output, block_input):
             self._write_over(output, timesteps, num_halves)
             return output

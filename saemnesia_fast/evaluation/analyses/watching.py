@@ -84,7 +84,11 @@ def watch(
 
     images: list[Tensor] = []
     activations: dict[str, list[Tensor]] = {one.name: [] for one in readings}
-    streams = {one.table.hook_point: one.table.sampler.get("stream", "output") for one in readings}
+    streams: dict[str, str] = {}
+    for one in readings:
+        stream = one.table.sampler.get("stream", "output")
+        if streams.setdefault(one.table.hook_point, stream) != stream:
+            raise ValueError(f"readings: expected one stream at {one.table.hook_point}, got both")
     points = list(streams)
     with torch.no_grad(), capture(pipe, points, keep, stream=streams):
         for first in range(0, len(samples), batch_size):
