@@ -205,10 +205,10 @@ def test_half_precision_is_moved_as_float32_is(dtype):
     options: dict[str, Any] = {"mode": "contrast", "strength": -1.5, "num_latents": 12, "cfg": True}
     for one in (unet, half):
         with apply_erasure(one, sae, table, "cat", anchor="dog", **options):
-            blocks.append(unet_call(one))
-    moved = changed(blocks[0], unet_call(unet))
+            blocks.append(unet_call(one, rows=16))
+    moved = changed(blocks[0], unet_call(unet, rows=16))
     near = (tokens(blocks[1]).float() - tokens(blocks[0])).abs().amax(-1)[moved] < 0.05
-    assert blocks[1].dtype == dtype and moved.sum() >= 5 and near.float().mean() > 0.8
+    assert blocks[1].dtype == dtype and moved.sum() >= 10 and near.float().mean() > 0.8
 
 
 def test_a_compiled_unet_contrasts_in_one_graph():
