@@ -109,20 +109,6 @@ class ConceptTable:
         mean_scores = torch.stack([scorer(c).mean(0) for c in range(len(self.concepts))])
         return assign_latents(mean_scores, self.concepts, self.kinds)
 
-    def likeness(self, concepts: str | Iterable[str]) -> dict[str, float]:
-        """How much the other concepts of the same kinds are like these, from -1 to 1, the most alike first.
-
-        The cosine between the mean activations of `concepts` and those of the other, both less the mean of the kinds'.
-        """
-        rows = self._rows([concepts] if isinstance(concepts, str) else concepts)
-        kinds = {self.kinds[c] for c in rows}
-        mine = [c for c, kind in enumerate(self.kinds) if kind in kinds]
-        centred = (self.mu[mine] - self.mu[mine].mean(0)).flatten(1)
-        erased = torch.tensor([c in rows for c in mine])
-        cosines = torch.nn.functional.cosine_similarity(centred, centred[erased].mean(0)[None])
-        ranked = cosines.sort(descending=True, stable=True).indices.tolist()
-        return {self.concepts[mine[i]]: float(cosines[i]) for i in ranked if mine[i] not in rows}
-
     def departure(self, concept: str, W_dec: Tensor) -> Tensor:
         """[T, d] float32: the concept's mean reconstruction less that of its kind, W_dec [N, d].
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -193,9 +192,10 @@ class SparseErasure:
 
 @dataclass(frozen=True)
 class ContrastErasure(SparseErasure):
-    """Steering along what the prompt adds (mode "contrast"), towards the concept least like the erased ones.
+    """Steering along what the prompt adds (mode "contrast"), towards the next concept that stays.
 
-    The anchor is one for all hook points of a kind: of the lowest `ConceptTable.likeness`, summed over them.
+    The anchor is the first one of the same kind, in the table's order and from its end to its beginning, behind the
+    erased ones that a hook point is given.
 
     Raises:
         ValueError: `stored`, as the strengths in tables are of other modes.
@@ -205,12 +205,10 @@ class ContrastErasure(SparseErasure):
         if self.stored:
             raise ValueError(f"strength: expected one for {self.name}, as those in tables are of other modes")
 
-    def _by_hook_point(self, concepts: Sequence[str]) -> dict[str, dict[str, Any]]:
-        found = super()._by_hook_point(concepts)
-        for options in found.values():
-            likeness = Counter[str]()
-            for point, others in found.items():
-                if others["concepts"] == options["concepts"]:
-                    likeness.update(self.tables[point].likeness(options["concepts"]))
-            options["anchor"] = min(likeness, key=likeness.__getitem__) if likeness else None
-        return found
+    def _options(self, point: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
+        table, erased = self.tables[point], list(settings)
+        last = table.concepts.index(erased[-1])
+        behind = [*range(last, len(table.concepts)), *range(last)]
+        kept = (table.concepts[c] for c in behind if table.kinds[c] == table.kinds[last])
+        anchor = next((name for name in kept if name not in erased), None)
+        return super()._options(point, settings) | {"anchor": anchor}

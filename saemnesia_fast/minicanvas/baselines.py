@@ -17,7 +17,8 @@ REPLACE = {
     "style": Setting(strength={STYLES_AT: -1.0}, num_latents=2, mode="replace"),
 }
 """Token replacement (SPEC 3.8), which ignores the strength. Few latents, as a map that is detected as a whole stays as
-it is; objects also where the map is 8x8, as in 4x4 the tokens around an object still tell of it."""
+it is; objects also where the map is 8x8, as in 4x4 all tokens tell of an object. Eight latents erase more objects, and
+take others with them."""
 
 
 def baseline(name: str, canvas: MiniCanvas, folder: Path | None = None) -> NegativePrompt | UCE | ESD | NeuronMasking:
