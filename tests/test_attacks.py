@@ -222,10 +222,11 @@ def test_no_word_of_a_prompt_is_cut_off_and_one_encoder_is_expected(benchmark):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_loss_is_the_mean_error_of_the_prediction(benchmark, kind, monkeypatch):
-    """With one timestep and one noise, against the scheduler's own formulas."""
+@pytest.mark.parametrize("method", [NoErasure(), erasure(mode="contrast", strength={HOOK_POINT: -1.5})])
+def test_loss_is_the_mean_error_of_the_prediction(benchmark, method, kind):
+    """With one timestep and one noise, against the scheduler's own formulas; of the half that reads the prompt."""
     scheduler = benchmark.pipe.scheduler
-    with attacked(benchmark, NoErasure()) as target:
+    with attacked(benchmark, method) as target:
         scheduler.register_to_config(prediction_type=kind)
         try:
             prefix = target.vocabulary[torch.tensor([[5, 6], [7, 8]])]
@@ -239,7 +240,9 @@ def test_loss_is_the_mean_error_of_the_prediction(benchmark, kind, monkeypatch):
             x, t = target.latents[1:], torch.tensor([501])
             states = target.prefix.states(prefix[1:], rows)
             with torch.no_grad():
-                answer = benchmark.pipe.unet(scheduler.add_noise(x, noise, t), t, states).sample
+                empty = benchmark.pipe.encode_prompt(["a cat"], "cpu", 1, True)[1]
+                both = scheduler.add_noise(x, noise, t).expand(2, -1, -1, -1)
+                answer = benchmark.pipe.unet(both, t, torch.cat([empty, states])).sample[1:]
             wanted = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x, noise, t), "sample": x}[kind]
         finally:
             scheduler.register_to_config(prediction_type="epsilon")
