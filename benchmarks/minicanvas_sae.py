@@ -69,7 +69,7 @@ def compare(config: Any, data: Callable[[], Any], held_out: Tensor) -> dict[str,
 
 def main(out: Path, steps: int, images: int, work: Path | None) -> None:
     """Collects the tokens with the committed MiniCanvas, in `work` if they are to be kept, and writes the figures."""
-    from saemnesia_fast.minicanvas.build import BuildConfig, Builder, stream_of
+    from saemnesia_fast.minicanvas.build import BuildConfig, Builder
     from saemnesia_fast.minicanvas.canvas import MiniCanvas
     from saemnesia_fast.minicanvas.settings import HOOK_POINTS
     from saemnesia_fast.training import ShardActivations, TrainConfig
@@ -94,8 +94,7 @@ def main(out: Path, steps: int, images: int, work: Path | None) -> None:
                 device="cpu",
                 progress=False,
             )
-            activations = builder.work / "activations" / stream_of(name)
-            data = partial(ShardActivations, activations, name, batch_size=TOKENS_A_STEP)
+            data = partial(ShardActivations, builder.work / "activations", name, batch_size=TOKENS_A_STEP)
             points[name] = compare(config, data, builder.held_out(name))
             print(name, json.dumps(points[name], indent=2), flush=True)
     report = {**asdict(describe("cpu")), "steps": config.steps, "tokens_a_step": TOKENS_A_STEP, "points": points}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -76,6 +76,16 @@ def _single_timestep(timesteps: Tensor) -> Tensor:
     return flat[0].round().to(torch.int64)
 
 
+def streams_at(hook_points: Iterable[str], stream: str | Mapping[str, str]) -> dict[str, str]:
+    """{hook point: stream} of one stream for all, or of such a mapping. ValueError if one is missing or unknown."""
+    streams = {}
+    for name in hook_points:
+        streams[name] = stream if isinstance(stream, str) else stream.get(name, "none")
+        if streams[name] not in STREAMS:
+            raise ValueError(f"stream: expected one of {STREAMS} at {name}, got {streams[name]!r}")
+    return streams
+
+
 @contextmanager
 def capture(
     pipe: Any,
@@ -91,10 +101,7 @@ def capture(
 
     Raises ValueError for an unknown hook point or stream, or a hook point without one.
     """
-    streams = dict.fromkeys(hook_points, stream) if isinstance(stream, str) else dict(stream)
-    for name in hook_points:
-        if streams.get(name) not in STREAMS:
-            raise ValueError(f"stream: expected one of {STREAMS} at {name}, got {streams.get(name)!r}")
+    streams = streams_at(hook_points, stream)
     unet = get_unet(pipe)
     blocks = {name: find_hook_point(unet, name) for name in hook_points}
     timestep: Tensor | None = None

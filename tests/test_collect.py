@@ -223,10 +223,11 @@ def test_residual_stream_of_sdxl(tmp_path):
     """SPEC 3.6: SDXL's autoencoders read output - input."""
     pipe = tiny_sdxl()
     streams = {}
-    for stream in ("output", "residual"):
+    for name, stream in (("output",) * 2, ("residual",) * 2, ("mapping", {HOOK_POINTS[0]: "residual"})):
         options = config(stream=stream)
-        collect_activations(pipe, PROMPTS[:1], HOOK_POINTS[:1], tmp_path / stream, options, progress=False)
-        streams[stream] = gather(tmp_path / stream, HOOK_POINTS[0])["activations"].float()
+        collect_activations(pipe, PROMPTS[:1], HOOK_POINTS[:1], tmp_path / name, options, progress=False)
+        streams[name] = gather(tmp_path / name, HOOK_POINTS[0])["activations"].float()
+    assert torch.equal(streams["mapping"], streams["residual"])
     inputs = []
     block = find_hook_point(pipe.unet, HOOK_POINTS[0])
     handle = block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))

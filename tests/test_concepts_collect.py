@@ -49,7 +49,10 @@ def plain_mu(sae: TopKSAE, images: Tensor, members: list[list[int]]) -> Tensor:
     return torch.stack([dense[[i for i, one in enumerate(members) if c in one]].mean((0, 1)) for c in rows])
 
 
-@pytest.mark.parametrize(("guidance", "stream"), [(5.0, "output"), (1.0, "output"), (5.0, "residual")])
+MIXED = dict(zip(HOOK_POINTS, ("output", "residual"), strict=True))
+
+
+@pytest.mark.parametrize(("guidance", "stream"), [(5.0, "output"), (1.0, "output"), (5.0, "residual"), (5.0, MIXED)])
 def test_streaming_equals_the_plain_computation_spec_2_1(guidance: float, stream: Any) -> None:
     pipe, saes, recorder = tiny_sd(), {name: make_sae(name) for name in HOOK_POINTS}, Recorder()
     with capture(pipe, HOOK_POINTS, recorder, stream=stream):
@@ -63,7 +66,7 @@ def test_streaming_equals_the_plain_computation_spec_2_1(guidance: float, stream
             expected = plain_mu(saes[name], images, ROWS).float()
             torch.testing.assert_close(table.mu[:, t], expected, rtol=1e-5, atol=1e-7)
         assert (table.hook_point, table.sae_hash) == (name, saes[name].content_hash())
-        assert table.sampler["stream"] == stream
+        assert table.sampler["stream"] == (stream if isinstance(stream, str) else stream[name])
 
 
 def test_result_depends_on_neither_batch_size_nor_other_concepts_spec_2_1() -> None:

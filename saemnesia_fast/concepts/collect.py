@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saemnesia_fast.hookpoints import capture
+from saemnesia_fast.hookpoints import capture, streams_at
 
 from .statistics import ConceptStatistics
 from .table import ConceptTable
@@ -48,7 +48,7 @@ def collect_concepts(
     guidance_scale: float = 7.5,
     seed: int = 0,
     batch_size: int = 8,
-    stream: str = "output",
+    stream: str | Mapping[str, str] = "output",
     model_id: str | None = None,
     progress: bool = True,
     **pipe_kwargs: Any,
@@ -69,7 +69,8 @@ def collect_concepts(
         guidance_scale: classifier-free guidance.
         seed: of all noise.
         batch_size: prompts sampled together.
-        stream: "output" of the module, or "residual" = output - input (SPEC 3.6).
+        stream: "output" of the module, or "residual" = output - input (SPEC 3.6); {hook point: stream} where they
+            differ.
         model_id: name of the model in the table; by default the one that the pipeline was loaded from.
         progress: show a progress bar.
         pipe_kwargs: anything else for the pipeline, for instance height, width or eta.
@@ -82,6 +83,7 @@ def collect_concepts(
         TypeError: `hook_point` does not go with `sae`, or `pipe_kwargs` has an argument that is set here.
     """
     saes = _saes_by_hook_point(sae, hook_point)
+    streams = streams_at(saes, stream)
     reserved = sorted(set(pipe_kwargs) & set(_SET_HERE))
     if reserved:
         raise TypeError(f"pipe_kwargs: {reserved} are set by collect_concepts")
@@ -104,7 +106,7 @@ def collect_concepts(
         statistics[name].update(one.encode(tokens), int(timestep), members)
 
     pipe_kwargs.setdefault("output_type", "latent")
-    with torch.no_grad(), capture(pipe, list(saes), add, stream=stream), _inner_bars_off(pipe):
+    with torch.no_grad(), capture(pipe, list(saes), add, stream=streams), _inner_bars_off(pipe):
         for batch in _batches(list(samples), batch_size, progress):
             members[:] = [samples[sample] for sample in batch]
             pipe(
@@ -120,7 +122,6 @@ def collect_concepts(
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "seed": seed,
-        "stream": stream,
     }
     tables = {}
     for name in saes:
@@ -133,7 +134,7 @@ def collect_concepts(
             hook_point=name,
             sae_hash=saes[name].content_hash(),
             model_id=_model_id(pipe) if model_id is None else model_id,
-            sampler=dict(sampler),
+            sampler=sampler | {"stream": streams[name]},
         )
     return tables if hook_point is None else tables[hook_point]
 

@@ -196,26 +196,23 @@ class Builder:
         return {"images": len(prompts)}
 
     def collect(self, prompts: list[str], folder: str, seed: int) -> None:
-        """Activations of all hook points: folder/STREAM."""
+        """Activations of all hook points."""
         canvas = self.canvas()
-        for stream, points in STREAMS.items():
-            sampling = CollectConfig(
-                num_inference_steps=canvas.steps,
-                guidance_scale=canvas.guidance_scale,
-                seed=seed + self.config.seed,
-                prompts_per_call=48,
-                stream=stream,
-            )
-            collect_activations(
-                canvas.pipe, prompts, points, self.work / folder / stream, sampling, progress=self.config.progress
-            )
+        sampling = CollectConfig(
+            num_inference_steps=canvas.steps,
+            guidance_scale=canvas.guidance_scale,
+            seed=seed + self.config.seed,
+            prompts_per_call=48,
+            stream=STREAMS,
+        )
+        collect_activations(
+            canvas.pipe, prompts, HOOK_POINTS, self.work / folder, sampling, progress=self.config.progress
+        )
 
     def sparse_autoencoders(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for name in HOOK_POINTS:
-            data = ShardActivations(
-                self.work / "activations" / stream_of(name), name, batch_size=2048, seed=self.config.seed
-            )
+            data = ShardActivations(self.work / "activations", name, batch_size=2048, seed=self.config.seed)
             config = TrainConfig(
                 out_dir=self.work / "sae_runs",
                 hook_point=name,
@@ -241,7 +238,7 @@ class Builder:
 
     def held_out(self, hook_point: str) -> Tensor:
         """Activations [tokens, d] float32 of one picture of every combination that no SAE was trained on."""
-        folder = self.work / "held_out" / stream_of(hook_point)
+        folder = self.work / "held_out"
         if not (folder / "index.json").exists():
             self.collect([one.prompt for one in requests(1, seed=0)], "held_out", seed=3_000_000)
         shards = read_json(folder / "index.json")["hook_points"][hook_point]["shards"]
@@ -255,22 +252,19 @@ class Builder:
 
     def tables(self, saes: dict[str, TopKSAE]) -> dict[str, ConceptTable]:
         canvas = self.canvas()
-        found: dict[str, ConceptTable] = {}
-        for stream, points in STREAMS.items():
-            found |= collect_concepts(
-                canvas.pipe,
-                {point: saes[point] for point in points},
-                concept_prompts(),
-                kinds={name: kind for kind, names in KINDS.items() for name in names},
-                num_inference_steps=canvas.steps,
-                guidance_scale=canvas.guidance_scale,
-                seed=4_000_000 + self.config.seed,
-                batch_size=48,
-                stream=stream,
-                model_id="minicanvas",
-                progress=self.config.progress,
-            )
-        return found
+        return collect_concepts(
+            canvas.pipe,
+            saes,
+            concept_prompts(),
+            kinds={name: kind for kind, names in KINDS.items() for name in names},
+            num_inference_steps=canvas.steps,
+            guidance_scale=canvas.guidance_scale,
+            seed=4_000_000 + self.config.seed,
+            batch_size=48,
+            stream=STREAMS,
+            model_id="minicanvas",
+            progress=self.config.progress,
+        )
 
     def supervised(self) -> dict[str, Any]:
         """A second SAE at each hook point, with a latent for each concept (SPEC 4.2)."""
@@ -279,7 +273,7 @@ class Builder:
         for point in HOOK_POINTS:
             table = ConceptTable.load(self.work / "concepts" / point)
             data = LabelledActivations(
-                self.work / "activations" / stream_of(point),
+                self.work / "activations",
                 point,
                 prompt_concepts(),
                 table.concepts,
@@ -355,11 +349,6 @@ def concept_prompts() -> dict[str, list[str]]:
         **{o: [prompt_for(o, s, t) for s in STYLES for t in range(len(PROMPT_TEMPLATES))] for o in OBJECTS},
         **{s: [prompt_for(o, s, t) for o in OBJECTS for t in range(len(PROMPT_TEMPLATES))] for s in STYLES},
     }
-
-
-def stream_of(hook_point: str) -> str:
-    """What the SAEs of a hook point read."""
-    return next(stream for stream, points in STREAMS.items() if hook_point in points)
 
 
 def export(builder: Builder) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from ..training.sampling import Stream
 from .canvas import Setting
 
 OBJECTS_AT = ("up_blocks.0.attentions.0", "up_blocks.0.attentions.1")
 STYLES_AT = "up_blocks.1.attentions.0"
 HOOK_POINTS = (*OBJECTS_AT, STYLES_AT)
-STREAMS: dict[Literal["residual", "output"], tuple[str, ...]] = {"residual": OBJECTS_AT, "output": (STYLES_AT,)}
+STREAMS: dict[str, Stream] = {**dict.fromkeys(OBJECTS_AT, "residual"), STYLES_AT: "output"}
 """What SAEs read where (SPEC 3.6). An object is in what the first two blocks add: theirs put in place of another
 prompt's paint its object. Either's output is its shape already, which is not to be moved by a single latent."""
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from saemnesia_fast.hookpoints import capture
 
+Stream = Literal["output", "residual"]
+
 
 @dataclass(kw_only=True)
 class Sampling:
@@ -29,8 +31,8 @@ class Sampling:
     """Image height in pixels; default: the pipeline's."""
     width: int | None = None
     """Image width in pixels; default: the pipeline's."""
-    stream: Literal["output", "residual"] = "output"
-    """output: what the block returns; residual: output minus input (SDXL)."""
+    stream: Stream | dict[str, Stream] = "output"
+    """output: what the block returns; residual: output minus input (SDXL); or {hook point: ...} where they differ."""
 
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "prompts_per_call"):
