@@ -165,7 +165,8 @@ def demo_time() -> str:
     report = _read(DEMO)
     seconds = report["seconds_per_image"]
     return (
-        f"`saemnesia-fast demo` without {' and '.join(report['erased'])}: UA {report['UA']:.1f}, "
+        f"`saemnesia-fast demo` without {' and '.join(report['erased'])}, by {report['method']['name']}: "
+        f"UA {report['UA']:.1f}, "
         f"IRA {report['IRA']:.1f}, CRA {report['CRA']:.1f} on {report['images']} pictures; "
         f"{seconds['before']:.3f} s a picture before, {seconds['after']:.3f} s after."
     )
@@ -198,7 +199,7 @@ def demo_backends() -> str:
         if name != "plain"
     ]
     return (
-        f"A picture of the demo takes {seconds['plain']['p50']:.4f} s plain, {', '.join(erased)}: medians of "
+        f"A picture of MiniCanvas takes {seconds['plain']['p50']:.4f} s plain, {', '.join(erased)}: medians of "
         f"{report['rounds']} rounds of {report['pictures_a_round']} pictures, percent against the plain picture of the "
         f"same round; {report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['commit']}."
     )

@@ -138,7 +138,7 @@ def test_one_supervised_latent_erases_a_style_and_the_rest_stays(canvas):
 
 
 def test_demo_writes_picture_and_scores(tmp_path, capsys):
-    erasing = ["--object", "moon", "--style", "neon", "--method", "saemnesia-exact"]
+    erasing = ["--object", "moon", "--style", "neon"]
     main(["demo", *erasing, "--images", "1", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "without-moon-neon.json").read_text())

@@ -46,7 +46,7 @@ def test_the_demo_of_the_backends_is_one_sentence(tmp_path, monkeypatch):
     report = {"seconds_per_picture": seconds, "rounds": 7, "pictures_a_round": 48, "threads": 2, **MACHINE}
     render.DEMO_BACKENDS.write_text(json.dumps(report))
     assert render.demo_backends() == (
-        "A picture of the demo takes 0.1000 s plain, 0.1100 s erased by `eager` (+10.0 %), 0.1010 s erased by `cpu` "
+        "A picture of MiniCanvas takes 0.1000 s plain, 0.1100 s erased by `eager` (+10.0 %), 0.1010 s erased by `cpu` "
         "(+1.0 %): medians of 7 rounds of 48 pictures, percent against the plain picture of the same round; a machine, "
         "2 threads, torch 2.13.0, abc."
     )

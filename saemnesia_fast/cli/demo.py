@@ -30,8 +30,8 @@ class Demo:
     """An object to erase; may be repeated. Without any object or style: flower."""
     style: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default_factory=tuple)
     """A style to erase; may be repeated."""
-    method: str = "saeuron-exact"
-    """What erases, as for `evaluate`."""
+    method: str | None = None
+    """What erases, as for `evaluate`; saemnesia-contrast for objects, saemnesia-exact where a style is among them."""
     out: Path = Path("demo")
     """Folder for the PNG and the JSON."""
     images: int = 3
@@ -54,7 +54,8 @@ class Demo:
                 if name not in KINDS[kind]:
                     raise ValueError(f"{kind}: expected one of {', '.join(KINDS[kind])}, got {name!r}")
         canvas = MiniCanvas.load()
-        (method,) = methods([self.method], canvas, work=self.out / "weights")
+        chosen = self.method or ("saemnesia-exact" if self.style else "saemnesia-contrast")
+        (method,) = methods([chosen], canvas, work=self.out / "weights")
         wanted = requests(self.images, self.seed)
         canvas.paint(wanted[:2])
         before, plain_seconds = _timed(canvas, wanted, "before")
