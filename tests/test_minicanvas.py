@@ -98,7 +98,7 @@ def test_the_committed_sequence_meets_the_bars():
 def test_the_committed_evaluations_are_of_what_is_shipped(canvas, file):
     made = {one["name"]: one["settings"] for one in read_json(RESULTS / file)["methods"]}
     names = [name for name in made if name.startswith(("saeuron", "saemnesia"))]
-    assert {"saeuron-exact", "saemnesia-exact"} <= set(names)
+    assert "saemnesia-exact" in names
     assert {one.name: described(one) for one in methods(names, canvas)} == {name: made[name] for name in names}
 
 
