@@ -9,9 +9,11 @@ from html import escape
 COLOURS = (
     *("#3366aa", "#cc6633", "#559944", "#aa4488", "#777777", "#cc9922", "#338899", "#884422"),
     *("#99aa33", "#5544aa", "#dd7799", "#224455", "#66bbaa", "#aa8866"),
+    *("#cc3355", "#666600"),
 )
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 250, 46, 26, 30
-LEGEND = 18
+LEGEND, LETTER = 18, 6
+"""Height of a line of the legend, width of a letter in it."""
 LABELS = 20
 """At most so many along the axis of a line plot."""
 
@@ -80,7 +82,8 @@ def standalone(svg: str) -> str:
 
 def _frame(title: str, body: list[str], series: list[str], top: float) -> str:
     """Axis from 0 to top, title above, legend below."""
-    columns = 4
+    longest = max((len(name) for name in series), default=0)
+    columns = max(1, min(4, (WIDTH - LEFT) // (25 + LETTER * longest)))
     tall = HEIGHT + LEGEND * -(-len(series) // columns) + 4
     parts = [_text(LEFT, 15, title, "start", "bold")]
     for fifths in range(6):
