@@ -38,13 +38,13 @@ def test_every_detected_conditional_token_moves_and_no_other(dtype, anchored, on
     generator = torch.Generator().manual_seed(0)
     images, height, width, d, slots = 3, 2, 5, 4, 3
     x = torch.randn(2 * images, height, width, d, generator=generator).to(dtype)
-    activations = torch.rand(2 * images, height, width, slots, generator=generator)
-    steered = torch.rand(2 * images, height, width, slots, generator=generator) < 0.4
-    strengths = -2 * torch.rand(2 * images, slots, generator=generator)
+    activations = torch.rand(images, height, width, slots, generator=generator)
+    steered = torch.rand(images, height, width, slots, generator=generator) < 0.4
+    strengths = -2 * torch.rand(images, slots, generator=generator)
     stored = torch.tensor([900, 500, 100])
     anchor = torch.randn(3, d, generator=generator)
     times = torch.tensor([480.0]) if one_time else torch.tensor([999.0, 640.0, 300.0] * 2)
-    scale = torch.rand(2 * images, height, width, 1, generator=generator)
+    scale = torch.rand(images, height, width, 1, generator=generator)
     scale = scale.to(torch.promote_types(dtype, torch.float32))
 
     out = Contrast(stored, anchor if anchored else None)(x, activations, steered, strengths, times, scale)
@@ -55,15 +55,15 @@ def test_every_detected_conditional_token_moves_and_no_other(dtype, anchored, on
         for i in range(height):
             for j in range(width):
                 c, u = x[images + b, i, j].double(), x[b, i, j].double()
-                on = [s for s in range(slots) if steered[images + b, i, j, s]]
+                on = [s for s in range(slots) if steered[b, i, j, s]]
                 if not on:
                     assert torch.equal(out[images + b, i, j], x[images + b, i, j])
                     continue
-                strongest = max(on, key=lambda s: activations[images + b, i, j, s])
+                strongest = max(on, key=lambda s: activations[b, i, j, s])
                 added = c - u
                 if anchored:
-                    added -= anchor[row].double() * scale[images + b, i, j].double()
-                expected = c + strengths[images + b, strongest].double() * added
+                    added -= anchor[row].double() * scale[b, i, j].double()
+                expected = c + strengths[b, strongest].double() * added
                 torch.testing.assert_close(out[images + b, i, j], expected.to(dtype), rtol=1e-2, atol=1e-2)
                 if dtype != torch.bfloat16:
                     torch.testing.assert_close(out[images + b, i, j].double(), expected, rtol=1e-5, atol=1e-5)
@@ -72,8 +72,8 @@ def test_every_detected_conditional_token_moves_and_no_other(dtype, anchored, on
 def test_a_broken_token_breaks_its_partner_alone_and_only_where_it_is_detected():
     x = torch.randn(2, 1, 3, 2)
     x[0, 0, :2] = math.nan
-    steered = torch.tensor([True, False, False]).view(1, 1, 3, 1).expand(2, 1, 3, 1)
-    out = Contrast(torch.tensor([1]), None)(x, torch.ones(2, 1, 3, 1), steered, -torch.ones(2, 1), torch.tensor([1.0]))
+    steered = torch.tensor([True, False, False]).view(1, 1, 3, 1)
+    out = Contrast(torch.tensor([1]), None)(x, torch.ones(1, 1, 3, 1), steered, -torch.ones(1, 1), torch.tensor([1.0]))
     assert out[1, 0, 0].isnan().all() and torch.equal(out[1, 0, 1:], x[1, 0, 1:])
 
 

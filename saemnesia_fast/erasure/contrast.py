@@ -45,21 +45,19 @@ class Contrast(nn.Module):
 
         Args:
             x: tokens; half-precision ones are moved in float32.
-            activations, steered: [2 * B, H, W, S], of `ops.probe`.
-            strengths: [2 * B, S], by latent.
+            activations, steered: [B, H, W, S], of `ops.probe` on the conditional half.
+            strengths: [B, S], by latent.
             timesteps: [2 * B], or [1] for all.
-            scale: [2 * B, H, W, 1] by which the anchor's part is multiplied, or None for 1.
+            scale: [B, H, W, 1] by which the anchor's part is multiplied, or None for 1.
         """
         unconditional, conditional = x.chunk(2)
-        activations, steered, strengths, times = (
-            one.chunk(2)[1] for one in (activations, steered, strengths, timesteps.expand(len(x)))
-        )
         strongest = activations.masked_fill(~steered, -torch.inf).argmax(-1, keepdim=True)
         strength = strengths[:, None, None].expand(activations.shape).gather(-1, strongest)
         given = conditional.to(torch.promote_types(x.dtype, torch.float32))
         added = given - unconditional
         if self.anchor is not None:
-            anchor = self.anchor[nearest_row(self.timesteps, times)].to(given.dtype)[:, None, None]
-            added = added - (anchor if scale is None else anchor * scale.chunk(2)[1])
+            rows = nearest_row(self.timesteps, timesteps.expand(len(x)).chunk(2)[1])
+            anchor = self.anchor[rows].to(given.dtype)[:, None, None]
+            added = added - (anchor if scale is None else anchor * scale)
         moved = (given + strength * added).to(x.dtype)
         return torch.cat([unconditional, torch.where(steered.any(-1, keepdim=True), moved, conditional)])

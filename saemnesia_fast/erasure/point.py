@@ -191,15 +191,14 @@ class ErasurePoint:
         return (*weights, self.k, *entries, self.mode, self.norm_scaled, self.precision)
 
     def _edit(self, tokens: Tensor, lines: ops.SteeringLines, timesteps: Tensor) -> Tensor:
+        if self.contrast is not None:
+            return self._contrast(self.contrast, tokens, lines, timesteps)
         given, std = tokens, None
         if self.unit_norm:
             mean, std = unit_norm_statistics(tokens)
             given = (tokens - mean) / std
         if self.mode == "replace":
             return replace_tokens(tokens, self._detect(given, lines)[1].any(-1))
-        if self.contrast is not None:
-            strengths = _per_image(lines.factors, len(tokens))
-            return self.contrast(tokens, *self._detect(given, lines), strengths, timesteps, std)
         if only_numbers(given):
             edited = self._erase(given, *self._arguments(self._weights, lines))
         else:
@@ -211,6 +210,16 @@ class ErasurePoint:
             return edited
         active = _per_image(lines.active, len(tokens))
         return torch.where(active[:, None, None, None], edited, tokens)
+
+    def _contrast(self, contrast: Contrast, tokens: Tensor, lines: ops.SteeringLines, timesteps: Tensor) -> Tensor:
+        """Detects in the conditional half alone."""
+        given, scale = tokens.chunk(2)[1], None
+        lines = ops.SteeringLines(*(one.chunk(2)[1] for one in lines))
+        if self.unit_norm:
+            mean, scale = unit_norm_statistics(given)
+            given = (given - mean) / scale
+        strengths = _per_image(lines.factors, len(given))
+        return contrast(tokens, *self._detect(given, lines), strengths, timesteps, scale)
 
     def _detect(self, tokens: Tensor, lines: ops.SteeringLines) -> tuple[Tensor, Tensor]:
         """Activations [B, H, W, S] of the selected latents, and bool: where mode "exact" would steer them."""
