@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-STREAMS = ("output", "residual")
+Stream = Literal["output", "residual"]
+STREAMS: tuple[Stream, ...] = get_args(Stream)
 
 
 def get_unet(pipe_or_unet: Any) -> nn.Module:

@@ -194,8 +194,8 @@ class SparseErasure:
 class ContrastErasure(SparseErasure):
     """Steering along what the prompt adds (mode "contrast"), towards the next concept that stays.
 
-    The anchor is the first one of the same kind, in the table's order and from its end to its beginning, behind the
-    erased ones that a hook point is given.
+    The anchor is the first one of their kind behind the last of the erased, in the table's order and from its end on to
+    its beginning, that is not erased.
 
     Raises:
         ValueError: `stored`, as the strengths in tables are of other modes.

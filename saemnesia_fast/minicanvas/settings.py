@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..training.sampling import Stream
+from ..hookpoints import Stream
 from .canvas import Setting
 
 OBJECTS_AT = ("up_blocks.0.attentions.0", "up_blocks.0.attentions.1")

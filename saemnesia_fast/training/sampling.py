@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from saemnesia_fast.hookpoints import capture
-
-Stream = Literal["output", "residual"]
+from saemnesia_fast.hookpoints import Stream, capture
 
 
 @dataclass(kw_only=True)
