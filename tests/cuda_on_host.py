@@ -19,6 +19,7 @@ FLAGS = [
     "-O2",
     "-march=native",
     "-ffp-contract=fast",
+    "--param=avoid-fma-max-bits=0",
     "-fPIC",
     "-shared",
     "-w",
