@@ -27,7 +27,7 @@ class SaemnesiaFast:
         table: str,
         erase_concept: str,
         strength: float | None = None,
-        mode: str = "exact",
+        mode: str | None = None,
         revision: str | None = None,
         sae_subfolder: str | None = None,
         sae_revision: str | None = None,
@@ -46,14 +46,16 @@ class SaemnesiaFast:
             table: folder of its concept table, which also names the hook point.
             erase_concept: a concept of the table, or several between commas.
             strength: gamma; None for what the table's settings have, see `ConceptTable.stored`.
-            mode: "exact", "released", "reconstruct", "replace" or "contrast".
+            mode: "exact", "released", "reconstruct", "replace" or "contrast"; None for "exact", or what the settings of
+                the table were found with.
             revision, sae_revision: commits or tags of the repositories.
             use_fp16: float16 on a GPU; float32 elsewhere.
             num_inference_steps, guidance_scale: unless `generate` is given others.
             erasure: further arguments of `apply_erasure`, for instance num_latents or scale.
 
         Raises:
-            ValueError: the table lacks the concept, or its settings while strength is None, or is of another SAE.
+            ValueError: the table lacks the concept, or its settings while strength is None, or these are of another
+                mode or other halves, or it is of another SAE.
         """
         from diffusers import DiffusionPipeline
 
@@ -65,7 +67,8 @@ class SaemnesiaFast:
         concept_table = ConceptTable.load(table)
         if strength is None and mode == "contrast":
             raise ValueError("strength: expected one with mode 'contrast', as those in tables are of other modes")
-        options = concept_table.stored(concepts) if strength is None else {"strength": strength}
+        halves = erasure.get("halves")
+        options = concept_table.stored(concepts, mode, halves) if strength is None else {"strength": strength}
         autoencoder = TopKSAE.from_pretrained(sae, sae_subfolder, sae_revision, device=device)
         pipe: Any = DiffusionPipeline.from_pretrained(model_id, revision=revision, dtype=dtype, use_safetensors=True)
         self.pipe = pipe.to(device)
@@ -75,9 +78,8 @@ class SaemnesiaFast:
         self.device = device
         self.batch_size = batch_size
         self.defaults = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        self.erasure = apply_erasure(
-            self.pipe, autoencoder, concept_table, concepts, mode=mode, **{**options, **erasure}
-        )
+        options = {"mode": mode or "exact", **options, **erasure}
+        self.erasure = apply_erasure(self.pipe, autoencoder, concept_table, concepts, **options)
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **options: Any) -> list[Image]:
         """A picture for each prompt. Picture i has the noise of `seed` + i, as with the package's own techniques."""

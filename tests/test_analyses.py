@@ -28,6 +28,7 @@ from saemnesia_fast.evaluation.analyses import (
     Watched,
     analyse_maps,
     analyse_scores,
+    analyse_separability,
     analyse_timesteps,
     distances,
     one_of_each,
@@ -196,6 +197,19 @@ def test_separability_of_the_perfect_and_of_the_useless_latent() -> None:
     for one in separability(torch.ones(20, 3, 4), members, range(4)):
         assert (one["separability"], one["all_pairs"], one["chance"], one["auc"]) == (0.0, 0.0, 0.0, 0.5)
     assert distances(torch.tensor([[1, 0], [0, 7]])).tolist() == [[0.0, 1.0], [1.0, 0.0]]
+
+
+def test_separability_is_drawn_beside_what_chance_gives() -> None:
+    reading = Reading("ours", "object", random_table(0))
+    samples = [Sample(f"a c{n % 3}", n, (f"c{n % 3}",)) for n in range(9)]
+    values = torch.rand(9, 2, 3, generator=torch.Generator().manual_seed(0))
+    watched = Watched(torch.zeros(9, 3, 1, 1), torch.tensor([5, 1]), {reading.name: values})
+    found = analyse_separability([reading], watched, samples)
+    titles = [element.text for element in check_svg(found.plots["object"]).iter() if element.tag.endswith("title")]
+    for name, one in found.numbers["ours"]["object"]["concepts"].items():
+        assert f"ours, {name}: {100 * one['separability']:.1f}" in titles
+        assert f"ours, shuffled, {name}: {100 * one['chance']:.1f}" in titles
+    assert len(titles) == 6
 
 
 @pytest.mark.parametrize("members", [torch.ones(3, 1), torch.tensor([[1, 0], [1, 0]])])

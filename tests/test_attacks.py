@@ -20,7 +20,9 @@ from saemnesia_fast.evaluation.attacks import GradientAttack, SearchAttack, Targ
 from saemnesia_fast.evaluation.attacks.prefix import FreePrefix, reading
 from saemnesia_fast.evaluation.attacks.run import encoded
 from saemnesia_fast.evaluation.attacks.target import Asked
+from saemnesia_fast.evaluation.units import made_with
 from saemnesia_fast.files import read_json
+from saemnesia_fast.ops.backend import Choice
 
 
 class PlantedTarget:
@@ -332,7 +334,7 @@ def test_summary_is_a_mean_over_concepts_with_an_interval_over_seeds():
     assert found["concepts"]["dog"] == {"plain": 0, "before": 85, "after": 25}
 
 
-def test_command_writes_ua_before_and_after_and_goes_on_where_it_was(tmp_path, capsys):
+def test_command_writes_ua_before_and_after_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     command = AttackCommand(
         minicanvas=True,
         methods=("saeuron-exact",),
@@ -356,5 +358,10 @@ def test_command_writes_ua_before_and_after_and_goes_on_where_it_was(tmp_path, c
     command.run()
     assert {path: path.read_bytes() for path in tmp_path.rglob("units/**/*.json")} == files
     assert "saeuron-exact" in capsys.readouterr().out
+    monkeypatch.setattr(
+        "saemnesia_fast.evaluation.units.backend_report", lambda device: [Choice("erase", f"other on {device}", "")]
+    )
+    assert made_with("cpu")["backend"] == {"erase": "other on cpu"}
+    assert not {path for *_, path in command.plan()[2]} & set(files)
     with pytest.raises(ValueError, match="concept: expected one of star"):
         replace(command, concepts=("cat",)).run()

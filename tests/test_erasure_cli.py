@@ -72,6 +72,25 @@ def test_stored_settings_come_before_what_is_given(saved):
         assert np.array_equal(np.asarray(written), np.asarray(expected))
 
 
+def test_stored_settings_bring_their_mode_and_halves(saved, capsys):
+    pipe, sae, folder = saved
+    table = ConceptTable.load(folder / "table")
+    searched = {"scale": "constant", "mode": "released", "halves": "cond"}
+    table.settings = {"cat": {"strength": -40.0, "num_latents": 12, **searched}}
+    table.save(folder / "table")
+    options = ["--sae-subfolder", HOOK_POINT, "--concept", "cat", "--prompt", "a cat", "--stored", "--steps", "2"]
+    with apply_erasure(pipe, sae, table, "cat", -40.0, num_latents=12, **searched):
+        (expected,) = generate(pipe, "a cat", seed=0, num_inference_steps=2, guidance_scale=7.5, output_type="pil")
+    main(arguments(folder, *options))
+    with Image.open(folder / "out" / "000.png") as written:
+        assert np.array_equal(np.asarray(written), np.asarray(expected))
+    for option, given, known in (("mode", "exact", "released"), ("halves", "both", "cond")):
+        with pytest.raises(SystemExit):
+            main(arguments(folder, *options, f"--{option}", given))
+        error = f"{option}: expected '{known}', with which stored settings were found, got '{given}'"
+        assert error in capsys.readouterr().err
+
+
 def test_an_unknown_concept_ends_with_one_line(saved, capsys):
     _, _, folder = saved
     with pytest.raises(SystemExit) as stopped:

@@ -224,13 +224,13 @@ def test_the_table_knows_how_a_concept_departs():
 
 
 def test_an_evaluations_anchor_is_the_next_concept_of_the_kind_that_stays():
-    """At all hook points; a concept alone in its kind has none."""
+    """At all hook points and whatever the order of the erased; a concept alone in its kind has none."""
     points = (HOOK_POINT, OTHER_HOOK_POINT)
     saes = {point: random_sae(point) for point in points}
-    names, kinds = ["cat", "sketch", "dog", "wolf"], ["object", "style", "object", "object"]
+    names, kinds = ["cat", "sketch", "dog", "wolf", "cow"], ["object", "style", "object", "object", "object"]
     tables = {
         point: ConceptTable(
-            torch.rand(4, 1, sae.num_latents), torch.tensor([1]), names, kinds, point, sae.content_hash()
+            torch.rand(5, 1, sae.num_latents), torch.tensor([1]), names, kinds, point, sae.content_hash()
         )
         for point, sae in saes.items()
     }
@@ -244,8 +244,10 @@ def test_an_evaluations_anchor_is_the_next_concept_of_the_kind_that_stays():
         with method.handles(tiny_sd(), erased) as handles:
             return [one.explain().partition("anchor=")[2].split(",")[0] for one in handles]
 
-    assert anchors("cat") == ["'dog'"] * 2 and anchors("wolf") == ["'cat'"] * 2
-    assert anchors("cat", "dog") == ["'wolf'"] * 2 and anchors("wolf", "dog") == ["'cat'"] * 2
-    assert anchors("sketch") == ["None"] == anchors("cat", "dog", "wolf")[:1]
+    assert anchors("cat") == ["'dog'"] * 2 and anchors("cow") == ["'cat'"] * 2
+    assert anchors("cat", "dog") == ["'wolf'"] * 2 and anchors("cow", "dog") == ["'cat'"] * 2
+    for erased in (("cat", "wolf"), ("wolf", "cat")):
+        assert anchors(*erased) == ["'cow'"] * 2
+    assert anchors("sketch") == ["None"] == anchors("cat", "dog", "wolf", "cow")[:1]
     with pytest.raises(ValueError, match="strength: expected one for contrast"):
         replace(method, stored=True)

@@ -14,6 +14,7 @@ import torch
 from erasing import HOOK_POINT, sae_and_table
 from pipelines import tiny_sd
 from saemnesia_fast import apply_erasure
+from saemnesia_fast.concepts import ConceptTable
 from saemnesia_fast.eval_unlearn import SaemnesiaFast
 
 GROUP = "eval_unlearn.techniques"
@@ -62,10 +63,24 @@ def test_several_concepts_and_settings_of_the_table(config: dict[str, Any]) -> N
     assert len(both.generate(PROMPTS[:1])) == 1
     stored = SaemnesiaFast(**config | {"erase_concept": second})
     assert len(stored.generate(PROMPTS[:1], seed=0)) == 1
+    assert "mode='exact'" in stored.erasure.explain() and "halves='both'" in stored.erasure.explain()
     with pytest.raises(ValueError, match="expected those with stored settings"):
         SaemnesiaFast(**config)
     with pytest.raises(ValueError, match="not in the table"):
         SaemnesiaFast(**config | {"erase_concept": "nobody"}, strength=-1.0)
+
+
+def test_settings_bring_their_mode_and_halves(config: dict[str, Any], tmp_path: Path) -> None:
+    table = ConceptTable.load(config["table"])
+    table.settings[table.concepts[1]] |= {"mode": "released", "halves": "cond"}
+    table.save(tmp_path)
+    options = config | {"erase_concept": table.concepts[1], "table": str(tmp_path)}
+    explained = SaemnesiaFast(**options).erasure.explain()
+    assert "mode='released'" in explained and "halves='cond'" in explained
+    with pytest.raises(ValueError, match="mode: expected 'released', with which stored settings were found"):
+        SaemnesiaFast(**options, mode="exact")
+    with pytest.raises(ValueError, match="halves: expected 'cond', with which stored settings were found"):
+        SaemnesiaFast(**options, halves="both")
 
 
 def test_the_entry_point_is_ours() -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemnesia_fast.evaluation import ErasureScores, cases, erasure_scores, frechet_distance, mean_scores
+from saemnesia_fast.evaluation.frechet import Gaussian
 from saemnesia_fast.evaluation.intervals import half_width, mean_and_half_width, t_quantile
 from tiny_benchmark import CLASSES
 
@@ -99,9 +100,33 @@ def test_fid_with_fewer_pictures_than_features():
     assert frechet_distance(features + shift, features) == pytest.approx(40 / 16, rel=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(400,), (1, 0, 7, 250, 142), (1,) * 400])
+def test_a_gaussian_of_parts_is_that_of_the_whole(sizes):
+    """Means and scales of the axes far apart, the mean far from zero; parts of different means."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-1, 2, 12)
+    sample = (torch.randn(400, 12, generator=generator) + torch.linspace(0, 3, 400)[:, None]) * scales + 1e3
+    reference = (torch.randn(300, 12, generator=generator) * scales + 1e3).half()
+    found = Gaussian(12)
+    for part in sample.split(list(sizes)):
+        found.add(part)
+    whole = sample.double()
+    assert found.shape == (400, 12)
+    torch.testing.assert_close(found.mean, whole.mean(0), rtol=1e-12, atol=0)
+    largest = torch.cov(whole.T).diag().sqrt()
+    apart = (found.covariance - torch.cov(whole.T)).abs() / largest.outer(largest)
+    assert apart.max() < 1e-11
+    expected = frechet_distance(sample, reference)
+    assert frechet_distance(found, reference) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(reference, found) == pytest.approx(expected, rel=1e-9)
+    assert expected == pytest.approx(_naive_frechet(sample, reference), rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("features", "reference", "message"),
     [
+        (Gaussian(3), torch.zeros(4, 3), r"features: expected \[n, D=3\] with n >= 2 pictures, got \[0, 3\]"),
+        (torch.ones(4, 3), Gaussian(3).add(torch.full((4, 3), math.inf)), "reference: expected finite values"),
         (torch.zeros(1, 3), torch.zeros(4, 3), r"features: expected \[n, D=3\] with n >= 2 pictures, got \[1, 3\]"),
         (torch.zeros(4, 3), torch.zeros(4, 2), r"reference: expected \[n, D=3\] with n >= 2 pictures, got \[4, 2\]"),
         (torch.full((4, 3), math.nan), torch.zeros(4, 3), "features: expected finite values"),

@@ -2,14 +2,18 @@
 
 import base64
 import io
+import re
 import shutil
 import subprocess
+import weakref
 from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,10 +21,14 @@ from PIL import Image
 from saemnesia_fast.cli.evaluate import Evaluate, read_shard
 from saemnesia_fast.cli.processes import in_processes
 from saemnesia_fast.evaluation import NoErasure, Outcome, Plan, cases, frechet_distance, html, paint, summarize
+from saemnesia_fast.evaluation import units as units_module
+from saemnesia_fast.evaluation.units import ERASING, made_with
 from saemnesia_fast.files import read_json, write_json
 from saemnesia_fast.minicanvas.canvas import KINDS, WEIGHTS, MiniCanvas
 from saemnesia_fast.minicanvas.methods import BASELINES, METHODS, methods
 from saemnesia_fast.minicanvas.settings import CONTRAST_SETTINGS, HOOK_POINTS, SETTINGS
+from saemnesia_fast.ops import backend_report, use_backend
+from saemnesia_fast.ops.backend import Choice
 from tiny_benchmark import CLASSES, TinyBenchmark, TinyErasure
 from tiny_parts import note
 
@@ -104,6 +112,24 @@ def test_fid_is_that_of_the_retained_pictures_of_all_cases_and_seeds(tmp_path):
     assert results["turn"]["object"]["fid"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_features_are_let_go_of_once_they_are_in_the_fid(tmp_path, monkeypatch):
+    """Of 33 units in memory: the plain ones of each seed, and two that are being read."""
+    plan = make_plan(tmp_path, found=SINGLE, seeds=(0, 1, 2))
+    paint(plan, progress=False)
+    load, read, most = Outcome.load, [], 0
+
+    def noting(path):
+        nonlocal most
+        outcome = load(path)
+        read.append(weakref.ref(outcome.features))
+        most = max(most, sum(one() is not None for one in read))
+        return outcome
+
+    monkeypatch.setattr(Outcome, "load", noting)
+    summarize(plan)
+    assert len(read) > 30 and most <= 3 + 2
+
+
 def test_plain_pictures_are_painted_once_and_a_method_is_opened_once_for_all_seeds(tmp_path):
     turn = TinyErasure()
     plan = make_plan(tmp_path, NoErasure(), turn)
@@ -164,6 +190,34 @@ def test_a_changed_setting_is_never_taken_for_what_was_painted(tmp_path):
         assert len(replace(plan, **change).missing()) == erased + plain
 
 
+def test_units_are_known_by_versions_and_by_the_backends_that_compute(tmp_path, monkeypatch):
+    """What was asked for does not matter: "auto" is the backend that it stands for."""
+
+    def digest():
+        return make_plan(tmp_path, seeds=(0,)).missing()[0].path.name
+
+    found, first = made_with("cpu"), digest()
+    assert found["backend"] == {one.op: one.backend for one in backend_report("cpu") if one.op in ERASING}
+    assert set(found["backend"]) == set(ERASING)
+    assert {name: found[name] for name in ("diffusers", "transformers")} == {
+        name: version(name) for name in ("diffusers", "transformers")
+    }
+    assert make_plan(tmp_path).descriptions[""]["made_with"] == found
+    with use_backend(found["backend"]["erase"]):
+        assert digest() == first
+    devices = []
+    monkeypatch.setattr(
+        units_module, "backend_report", lambda device: devices.append(device) or [Choice("erase", "other", "")]
+    )
+    assert digest() != first
+    on_gpu = TinyBenchmark(pipe=SimpleNamespace(erased={}, device=torch.device("cuda")))
+    assert replace(make_plan(tmp_path), benchmark=on_gpu).descriptions[""]["made_with"]["backend"] == {"erase": "other"}
+    assert devices == ["cpu", torch.device("cuda")]
+    monkeypatch.undo()
+    monkeypatch.setattr(units_module, "version", {"diffusers": "0", "transformers": version("transformers")}.get)
+    assert digest() != first
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -195,6 +249,44 @@ def report(tmp_path_factory) -> str:
     plan = make_plan(tmp_path_factory.mktemp("report"), seeds=(0, 1))
     paint(plan, progress=False)
     return html(plan, summarize(plan, {"machine": {"cpu": "<a cpu>"}}))
+
+
+def test_a_part_of_the_pictures_is_shown_in_its_places_and_counted(tmp_path):
+    """Rows hold what was painted under its prompt, and white where nothing was; as in the report of all."""
+    whole, part = (make_plan(tmp_path, TinyErasure(), found=SINGLE, retained=some, seeds=(0,)) for some in (None, 1))
+    paint(whole, progress=False)
+    paint(part, progress=False)
+    summary = summarize(part)
+    assert (summary["pictures_per_seed"], summary["pictures_per_erasure"]) == (12, [4 + 1, 6 + 1])
+    assert summarize(whole)["pictures_per_erasure"] == [12, 12]
+    full, few = html(whole, summarize(whole)), html(part, summary)
+    assert "<p>12 pictures for each erasure" in full and "<p>5 to 7 of 12 pictures for each erasure" in few
+    rows, expected = (dict(_rows(text)) for text in (few, full))
+    painted = {  # of cat in ink, dog in pop art, cow in ink
+        "nothing erased": (True, True, True),
+        "cat": (True, False, False),
+        "dog": (True, True, False),
+        "cow": (True, False, True),
+        "ink": (True, False, True),
+        "pop art": (True, True, False),
+    }
+    assert set(rows) == set(painted)
+    for name, places in painted.items():
+        pixels, frames = rows[name]
+        assert frames == expected[name][1]
+        for n, place in enumerate(places):
+            wanted = expected[name][0][:, 6 * n : 6 * n + 4] if place else np.full((4, 4, 3), 255)
+            assert np.abs(pixels[:, 6 * n : 6 * n + 4] - wanted).max() <= 4, (name, n)
+    assert rows["ink"][1].count("<i") == 2 and rows["dog"][1] == '<i style="left:33.333%;width:33.333%"></i>'
+
+
+def _rows(report):
+    """(row's name, (pixels [4, 16, 3], frames)) of each of a report's rows of pictures."""
+    for name, data, frames in re.findall(
+        r'<tr><th>([^<]*)</th><td><div><img alt="" src="data:image/png;base64,([^"]*)">(.*?)</div>', report
+    ):
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            yield name, (np.asarray(picture.convert("RGB")).astype(int), frames)
 
 
 class Reader(HTMLParser):

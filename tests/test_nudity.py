@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +16,9 @@ from PIL import Image
 
 from erasing import sae_and_table
 from pipelines import tiny_sd
-from saemnesia_fast import apply_erasure
+from saemnesia_fast import ConceptTable, apply_erasure
 from saemnesia_fast.cli.nudity import Nudity
+from saemnesia_fast.evaluation.units import described
 from saemnesia_fast.files import read_json
 from saemnesia_fast.nudity import Found, Prompt, counts, examine, nudenet, read_i2p
 
@@ -190,3 +192,16 @@ def test_the_command_counts_before_and_after(
         sizes = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 7.0}
         want = pipe(prompts, generator=noise, **sizes).images
     assert [np.asarray(one).tobytes() for one in want] == [one.tobytes() for one in detector.seen[2:]]
+
+    table.save(tmp_path / "table")
+    command.run()
+    assert read_json(tmp_path / "out" / "nudity.json")["table"] == described(ConceptTable.load(tmp_path / "table"))
+    replace(table, mu=table.mu / 2).save(tmp_path / "table")
+    with pytest.raises(ValueError, match=r"out: .*erased\.json is of other prompts or settings"):
+        command.run()
+    assert len(detector.seen) == 4
+
+    settings = {"strength": -4.0, "num_latents": None, "scale": "mean", "mode": "released"}
+    replace(table, settings={table.concepts[0]: settings}).save(tmp_path / "table")
+    replace(command, strength=None, mode=None, out=tmp_path / "stored").run()
+    assert [one.tobytes() for one in detector.seen[4:]] == [one.tobytes() for one in detector.seen[:4]]

@@ -23,6 +23,7 @@ from tiny_benchmark import CLASSES, TinyBenchmark
 
 NAMES = [name for names in CLASSES.values() for name in names]
 KINDS = [kind for kind, names in CLASSES.items() for _ in names]
+SEARCHED = {"scale": "constant", "reselect": False, "mode": "released", "halves": "cond"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def tables() -> dict[str, ConceptTable]:
 @pytest.fixture
 def search(tables) -> Search:
     settings = {
-        "object": Setting({"a": -1.0}, scale="constant", mode="released"),
+        "object": Setting({"a": -1.0}, scale="constant", mode="released", halves="cond"),
         "style": Setting({"b": -1.0}, scale="constant"),
     }
     sparse = Pretended("pretended", "this test", {}, tables, settings)
@@ -73,7 +74,7 @@ def test_the_best_setting_is_the_smallest_and_weakest_of_the_best(search, tmp_pa
     assert 0 < found["seconds"] < 60
     for concept in CLASSES["object"]:
         one = found["concepts"][concept]
-        assert one["best"] == {"strength": -10.0, "num_latents": 1, "scale": "constant", "reselect": False}
+        assert one["best"] == {"strength": -10.0, "num_latents": 1, **SEARCHED}
         assert (one["scores"]["UA"], one["scores"]["IRA"], one["scores"]["CRA"]) == (100, 100, 100)
         tried = {(run["num_latents"], run["strength"]): run for run in one["tried"]}
         assert list(tried) == [(1, -1.0), (1, -10.0), (1, -15.0), (2, -1.0), (2, -10.0), (2, -15.0)]
@@ -100,7 +101,7 @@ def test_some_concepts_may_be_searched_for(search, tmp_path):
 
 
 def test_the_tables_keep_what_was_found_where_their_kind_is_erased(search, tables, tmp_path):
-    best = {"strength": -10.0, "num_latents": 1, "scale": "constant", "reselect": False}
+    best = {"strength": -10.0, "num_latents": 1, **SEARCHED}
     store({"concepts": {"cat": {"best": best}}}, search, tables, CLASSES)
     assert tables["a"].settings == {"cat": best} and tables["b"].settings == {}
     for point, table in tables.items():
@@ -142,6 +143,23 @@ def test_stored_settings_are_arguments_of_select(tables):
         table.select("cat", num_latents={"bird": 1})
     with pytest.raises(ValueError, match="bird"):
         replace(table, settings={"bird": best})
+
+
+def test_settings_bring_the_mode_and_halves_they_were_found_with_or_are_refused(tables):
+    best = {"strength": -3.0, "num_latents": 2, **SEARCHED}
+    old = {name: best[name] for name in ("strength", "num_latents", "scale", "reselect")}
+    table = replace(tables["a"], settings={"cat": best, "dog": best | {"strength": -9.0}, "cow": old})
+    expected = {"strength": {"cat": -3.0, "dog": -9.0}, "num_latents": {"cat": 2, "dog": 2}, **SEARCHED}
+    assert table.stored(["cat", "dog"]) == expected
+    assert table.stored(["cat", "dog"], "released", "cond") == expected
+    with pytest.raises(ValueError, match="mode: expected 'released', with which stored settings were found, got 'ex"):
+        table.stored("cat", mode="exact")
+    with pytest.raises(ValueError, match="halves: expected 'cond', with which stored settings were found, got 'both'"):
+        table.stored("cat", halves="both")
+    with pytest.raises(ValueError, match="of one scale, mode and halves"):
+        table.stored(["cat", "cow"])
+    by_name = {"strength": {"cow": -3.0}, "num_latents": {"cow": 2}}
+    assert table.stored("cow", "exact", "both") == {**by_name, "scale": "constant", "reselect": False}
 
 
 def test_a_sparse_erasure_is_apply_erasure_with_the_settings_of_the_kinds():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from legacy import write_latents
 from pipelines import CHANNELS, HOOK_POINTS, tiny_sd
@@ -22,7 +23,8 @@ from saemnesia_fast.evaluation import Plan, cases
 from saemnesia_fast.files import read_json
 from saemnesia_fast.training.unlearn_canvas import OBJECTS, STYLES, prompts
 from saemnesia_fast.unlearn_canvas import SEEDS, SEQUENCE, UnlearnCanvas, estimate, load_judge, measure, methods
-from saemnesia_fast.unlearn_canvas.judge import THEMES, prepared
+from saemnesia_fast.unlearn_canvas.judge import ARCHITECTURE, DEPTH, PATCH, SIDE, THEMES, WIDTH, operations, prepared
+from saemnesia_fast.unlearn_canvas.methods import BASELINES, MODES
 
 KINDS = dict(zip(HOOK_POINTS, ("object", "style"), strict=True))
 
@@ -172,6 +174,30 @@ def test_timm_reads_the_classifiers(tmp_path: Path) -> None:
         load_judge(tmp_path, architecture="vit_small_patch16_224")
 
 
+def counted(model: nn.Module, *shape: int) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(shape, device="meta"))
+    return counter.get_total_flops()
+
+
+def test_the_classifiers_operations_are_those_of_torchs_modules() -> None:
+    """A ViT of torch's own: its patches as a convolution, its blocks as encoder layers, its head on one token."""
+    tokens = (SIDE // PATCH) ** 2 + 1
+    with torch.device("meta"):
+        patches = nn.Conv2d(3, WIDTH, PATCH, stride=PATCH)
+        block = nn.TransformerEncoderLayer(WIDTH, WIDTH // 64, 4 * WIDTH, batch_first=True).train()
+        head = nn.Linear(WIDTH, 51)
+    want = counted(patches, 1, 3, SIDE, SIDE) + DEPTH * counted(block, 1, tokens, WIDTH) + counted(head, 1, WIDTH)
+    assert operations(51) == want
+
+
+def test_the_classifiers_operations_are_those_of_timms_model() -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    with torch.device("meta"):
+        model = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=20)
+    assert operations(20) == counted(model.eval(), 1, 3, SIDE, SIDE)
+
+
 def test_published_files_steer_the_pipeline(canvas: UnlearnCanvas, assets: Path) -> None:
     """Two hook points; strengths and set sizes are those of class_params.pth and of --strength."""
     exact, released = methods(["saeuron-exact", "saeuron-released"], assets)
@@ -218,6 +244,8 @@ def test_the_estimate_counts_what_the_papers_paint(tmp_path: Path, assets: Path)
     assert cost.units == 5 + 2 * 100 and cost.pictures == 205 * 1020 and cost.steps == 100 * cost.pictures
     assert cost.hours == pytest.approx(cost.pictures * 100 * 0.025 / 3600)
     assert cost.memory_bytes == 1020 * 3 * 512 * 512 * 4
+    assert cost.judging_operations == cost.pictures * (operations(20) + operations(51))
+    assert "judging          51.48 PFLOP" in str(cost)
     assert "209,100" in str(cost) and "145.2 on one device" in str(cost) and "25.00 ms" in str(cost)
     few = estimate(replace(plan, retained=40), 100, 0.025)
     assert few.pictures == 5 * 1020 + 200 * (51 + 40)
@@ -263,6 +291,13 @@ def test_the_command_tells_the_cost_and_needs_a_yes(
     out = capsys.readouterr().out
     assert "pictures         420\n" in out and "20.00 ms a step" in out and "run again with --yes" in out
     assert not (tmp_path / "out").exists()
+
+
+def test_the_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["unlearn-canvas", "--help"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*BASELINES, *(f"NAME-{mode}" for mode in MODES)))
 
 
 def test_the_command_evaluates(

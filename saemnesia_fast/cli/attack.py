@@ -97,8 +97,7 @@ class AttackCommand:
 
     def plan(self) -> tuple[Benchmark, list[Method], list[tuple[Method, str, int, Path]]]:
         """(benchmark, methods, units): what erases what, the seed, and the file, named by all that it depends on."""
-        from .. import __version__
-        from ..evaluation.units import described
+        from ..evaluation.units import described, made_with
         from ..minicanvas.canvas import MiniCanvas, kind_of
         from ..minicanvas.methods import SUPERVISED, methods
 
@@ -107,7 +106,8 @@ class AttackCommand:
             kind_of(concept)
         canvas = MiniCanvas.load()
         chosen = methods(self.methods, canvas, self.supervised or SUPERVISED, self.out / "weights")
-        shared = [__version__, canvas.described(), described(self.chosen()), self.prompts, self.threads]
+        programs = made_with(canvas.pipe.device)
+        shared = [programs, canvas.described(), described(self.chosen()), self.prompts, self.threads]
         units = []
         for method in chosen:
             depends = json.dumps([*shared, described(method)], sort_keys=True)

@@ -34,14 +34,14 @@ class Erase:
     """Commit or tag of the SAE's repository."""
     strength: float | None = None
     """Gamma: negative erases, more negative erases more strongly. -5 if not given, with contrast -1.5."""
-    mode: Literal["exact", "released", "reconstruct", "replace", "contrast"] = "exact"
+    mode: Literal["exact", "released", "reconstruct", "replace", "contrast"] | None = None
     """The papers' formula; the public code's, which flips the reconstruction error; the reconstruction alone; tokens
     of the concept overwritten by their nearest others, which needs no strength; or moved along what the prompt adds to
-    them."""
+    them. exact if not given."""
     anchor: str | None = None
     """With contrast: the concept of the table that comes into their place."""
-    halves: Literal["both", "cond"] = "both"
-    """Halves of the guided batch to steer."""
+    halves: Literal["both", "cond"] | None = None
+    """Halves of the guided batch to steer; both if not given."""
     start: float = 0.0
     """Fraction of the denoising at which to start."""
     stop: float = 1.0
@@ -51,7 +51,8 @@ class Erase:
     percentile: float | None = None
     """Instead of a number: latents with a score above this percentile."""
     stored: bool = False
-    """Strength, latents and scale of each concept as `sweep` left them in the table, whatever is given here."""
+    """Strength, latents and scale of each concept as `sweep` left them in the table, whatever is given here; its mode
+    and halves too, where others are an error."""
     scale: Literal["mean", "constant", "norm"] = "mean"
     """What multiplies the strength: the concept's mean activation, nothing, or the norm of the token's latents."""
     stream: Literal["output", "residual"] | None = None
@@ -91,16 +92,15 @@ class Erase:
         chosen = {name: getattr(self, name) for name in ("num_latents", "percentile", "scale")}
         default = -1.5 if self.mode == "contrast" else -5.0
         chosen["strength"] = default if self.strength is None else self.strength
+        chosen |= {"mode": self.mode or "exact", "halves": self.halves or "both"}
         if self.stored:
-            chosen |= {"percentile": None} | table.stored(self.concept)
+            chosen |= {"percentile": None} | table.stored(self.concept, self.mode, self.halves)
         erasure = apply_erasure(
             pipe,
             sae,
             table,
             self.concept,
-            mode=self.mode,
             anchor=self.anchor,
-            halves=self.halves,
             start=self.start,
             stop=self.stop,
             stream=self.stream,

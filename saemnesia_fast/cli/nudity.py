@@ -30,8 +30,8 @@ class Nudity:
     """Concept of the table to erase."""
     strength: float | None = None
     """gamma; if not given, the concept's settings in the table."""
-    mode: Literal["exact", "released", "replace"] = "exact"
-    """How tokens are edited."""
+    mode: Literal["exact", "released", "replace"] | None = None
+    """How tokens are edited; if not given, exact, or as the concept's settings in the table were found."""
     categories: tuple[str, ...] = ()
     """Use prompts of these categories alone, such as sexual; all 4703 if not given."""
     limit: int | None = None
@@ -70,6 +70,7 @@ class Nudity:
 
         from ..concepts import ConceptTable
         from ..erasure import apply_erasure
+        from ..evaluation.units import described, made_with
         from ..nudity import counts, examine, nudenet
         from ..sae import TopKSAE
 
@@ -77,18 +78,19 @@ class Nudity:
         quiet_libraries()
         device = resolve_device(self.device)
         table = ConceptTable.load(self.table)
-        options = table.stored(self.concept) if self.strength is None else {"strength": self.strength}
+        found = table.stored(self.concept, self.mode) if self.strength is None else {"strength": self.strength}
+        options = {"mode": self.mode or "exact", **found}
         sae = TopKSAE.from_pretrained(self.sae, self.sae_subfolder, self.sae_revision, device=device)
         pipe = load_pipeline(self.model, self.revision, device, self.dtype)
         if getattr(pipe, "safety_checker", None) is not None:
             pipe.safety_checker = None
         pipe.set_progress_bar_config(disable=True)
 
-        painting = {"model": self.model, "revision": self.revision, "dtype": self.dtype}
-        erasing = {"sae": sae.content_hash(), "concept": self.concept, "mode": self.mode, **options}
+        painting = {"model": self.model, "revision": self.revision, "dtype": self.dtype, "made_with": made_with(device)}
+        erasing = {"sae": sae.content_hash(), "table": described(table), "concept": self.concept, **options}
         sampling = {"steps": self.steps, "batch_size": self.batch_size}
         plain = examine(pipe, prompts, detector, self.out / "plain.json", settings=painting, **sampling)
-        with apply_erasure(pipe, sae, table, self.concept, mode=self.mode, **options):
+        with apply_erasure(pipe, sae, table, self.concept, **options):
             erased = examine(pipe, prompts, detector, self.out / "erased.json", settings=painting | erasing, **sampling)
         before, after = counts(plain, self.threshold), counts(erased, self.threshold)
         write_json(

@@ -26,7 +26,7 @@ class UnlearnCanvasCommand:
     """Folder with pipeline/, object.safetensors, style.safetensors and, for every NAME-MODE among the methods,
     NAME/sae/HOOK_POINT and NAME/concepts/HOOK_POINT."""
     methods: tuple[str, ...] = ("none", "saeuron-released", "saeuron-exact", "saemnesia-released", "saemnesia-exact")
-    """none, NAME-exact, NAME-released, NAME-replace, negative_prompt, uce, esd, neuron_masking."""
+    """none, NAME-exact, NAME-released, NAME-replace, NAME-contrast, negative_prompt, uce, esd, neuron_masking."""
     protocol: tuple[Literal["single", "sequence", "pairs"], ...] = ("single",)
     """Erase concepts one at a time, one after the other in the published order, or in all pairs."""
     kinds: tuple[Literal["object", "style"], ...] = ("object",)
@@ -36,7 +36,8 @@ class UnlearnCanvasCommand:
     retained: int | None = None
     """Of the pictures that ask for no erased concept, paint so many for each erasure and seed; all if not given."""
     strength: float | None = None
-    """One strength for all concepts and their assigned latents; if not given, each one's settings in its table."""
+    """One strength for all concepts and their assigned latents, which NAME-contrast needs; if not given, each one's
+    settings in its table."""
     out: Path = Path("unlearn_canvas")
     """Folder for evaluation.json, report.html and, in units/, what is done so far."""
     steps: int = 100

@@ -46,7 +46,8 @@ class ConceptTable:
     assignment: dict[str, int] = field(default_factory=dict)
     """The one latent of a concept, where it has one (SPEC 4.2)."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What `saemnesia-fast sweep` found best: {concept: {"strength", "num_latents", "scale", ...}}; see `stored`."""
+    """What `saemnesia-fast sweep` found best: {concept: {"strength", "num_latents", "scale", "mode", ...}}; see
+    `stored`."""
 
     def __post_init__(self) -> None:
         self.mu = self.mu.to("cpu", torch.float32)
@@ -195,20 +196,33 @@ class ConceptTable:
             scale=scale,
         )
 
-    def stored(self, concepts: str | Iterable[str]) -> dict[str, Any]:
-        """The arguments of `select`, and of `apply_erasure`, that `settings` holds for these concepts.
+    def stored(
+        self, concepts: str | Iterable[str], mode: str | None = None, halves: str | None = None
+    ) -> dict[str, Any]:
+        """The arguments of `apply_erasure` that `settings` holds for these concepts: mode and halves where it has them.
+
+        Args:
+            mode, halves: those to erase with, if it is to be no others.
 
         Raises:
-            ValueError: a concept has none, or they differ in more than strength and number of latents.
+            ValueError: a concept has none, they differ in more than strength and number of latents, or they were found
+                with another mode or halves.
         """
         names = [concepts] if isinstance(concepts, str) else list(concepts)
         self._rows(names)
         missing = [name for name in names if name not in self.settings]
         if missing:
             raise ValueError(f"concepts: expected those with stored settings, {list(self.settings)}, got {missing}")
-        shared = [{key: self.settings[name].get(key) for key in ("scale", "reselect")} for name in names]
+        alike = ("scale", "reselect", "mode", "halves")
+        shared = [{key: self.settings[name].get(key) for key in alike} for name in names]
         if any(one != shared[0] for one in shared):
-            raise ValueError(f"concepts: expected stored settings of one scale, got {shared} for {names}")
+            raise ValueError(
+                f"concepts: expected stored settings of one scale, mode and halves, got {shared} for {names}"
+            )
+        for key, given in (("mode", mode), ("halves", halves)):
+            known = shared[0][key]
+            if None not in (known, given) and known != given:
+                raise ValueError(f"{key}: expected {known!r}, with which stored settings were found, got {given!r}")
         by_name = {key: {name: self.settings[name].get(key) for name in names} for key in ("strength", "num_latents")}
         return by_name | {key: value for key, value in shared[0].items() if value is not None}
 

@@ -186,7 +186,7 @@ class SparseErasure:
             "concepts": list(settings),
             "strength": {concept: setting.strength[point] for concept, setting in settings.items()},
             "num_latents": {concept: setting.num_latents for concept, setting in settings.items()},
-            **(self.tables[point].stored(settings) if self.stored else {}),
+            **(self.tables[point].stored(settings, shared.mode, shared.halves) if self.stored else {}),
         }
 
 
@@ -194,8 +194,8 @@ class SparseErasure:
 class ContrastErasure(SparseErasure):
     """Steering along what the prompt adds (mode "contrast"), towards the next concept that stays.
 
-    The anchor is the first one of their kind behind the last of the erased, in the table's order and from its end on to
-    its beginning, that is not erased.
+    In the table's order, whatever theirs, the anchor is the first one of their kind behind the last of the erased, and
+    from the table's end on to its beginning, that is not erased.
 
     Raises:
         ValueError: `stored`, as the strengths in tables are of other modes.
@@ -207,7 +207,7 @@ class ContrastErasure(SparseErasure):
 
     def _options(self, point: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
         table, erased = self.tables[point], list(settings)
-        last = table.concepts.index(erased[-1])
+        last = max(map(table.concepts.index, erased))
         behind = [*range(last, len(table.concepts)), *range(last)]
         kept = (table.concepts[c] for c in behind if table.kinds[c] == table.kinds[last])
         anchor = next((name for name in kept if name not in erased), None)

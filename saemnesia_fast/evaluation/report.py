@@ -14,7 +14,7 @@ from PIL import Image
 from . import plots
 from .metrics import DEBRIS_BELOW
 from .outcome import erased_indices
-from .units import PLAIN, Plan, Unit, shown
+from .units import GAP, PLAIN, Plan, Unit, in_row, shown
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
@@ -54,8 +54,10 @@ def html(plan: Plan, summary: Mapping[str, Any]) -> str:
 
 def _introduction(summary: Mapping[str, Any]) -> str:
     percent, seeds = round(100 * summary["confidence"]), ", ".join(map(str, summary["seeds"]))
-    painted = (
-        f"{summary['pictures_per_seed']} pictures for each erasure and seed, seeds {seeds}. Percent, means over the "
+    plain, painted = summary["pictures_per_seed"], summary["pictures_per_erasure"]
+    pictures = " to ".join(map(str, dict.fromkeys(painted))) + ("" if painted[0] == plain else f" of {plain}")
+    counts = (
+        f"{pictures} pictures for each erasure and seed, seeds {seeds}. Percent, means over the "
         f"erased concepts, ± half the {percent} % t-interval over the seeds."
     )
     scores = (
@@ -65,7 +67,7 @@ def _introduction(summary: Mapping[str, Any]) -> str:
         f"{DEBRIS_BELOW}. FID: of the retained pictures from the plain ones of the same requests; features: "
         f"{escape(summary['benchmark']['features'])}."
     )
-    return f"<p>{painted}</p><p>{scores}</p>"
+    return f"<p>{counts}</p><p>{scores}</p>"
 
 
 def _methods(summary: Mapping[str, Any]) -> str:
@@ -125,6 +127,7 @@ def _details(results: Mapping[str, Any]) -> list[str]:
 def _pictures(plan: Plan) -> list[str]:
     """For every method a grid: a row for each set of erased concepts, the same requests in every row.
 
+    Places of requests that a row's unit did not paint stay empty.
     Pairs are shown if nothing else was asked for, as there are so many; their pictures are in the plan's folder.
     """
     seed, classes = plan.seeds[0], plan.benchmark.classes
@@ -140,8 +143,11 @@ def _pictures(plan: Plan) -> list[str]:
         for unit in [plan.unit(PLAIN, (), seed), *erased]:
             some = erased_indices(classes, unit.erased)
             hits = [any(getattr(one, kind) in some[kind] for kind in classes) for one in columns]
+            own = plan.wanted(unit.erased, seed)
+            painted = {(own[n].prompt, own[n].seed): place for place, n in enumerate(shown(own, classes))}
+            places = [painted.get((one.prompt, one.seed)) for one in columns]
             label = escape(" + ".join(unit.erased) or "nothing erased")
-            rows.append(f"<tr><th>{label}</th><td>{_image(unit, hits)}</td></tr>")
+            rows.append(f"<tr><th>{label}</th><td>{_image(unit, places, hits)}</td></tr>")
         if erased:
             opened = " open" if len(found) == 1 else ""
             grid = f'<table class="grid">{"".join(rows)}</table>'
@@ -149,11 +155,14 @@ def _pictures(plan: Plan) -> list[str]:
     return found
 
 
-def _image(unit: Unit, hits: Sequence[bool]) -> str:
-    """A row of pictures in 256 colours, frames around those that ask for an erased concept."""
+def _image(unit: Unit, places: Sequence[int | None], hits: Sequence[bool]) -> str:
+    """The pictures at these places of the unit's row, in 256 colours, frames where an erased concept is asked for."""
     png = io.BytesIO()
     with Image.open(unit.picture) as picture:
-        picture.quantize(256).save(png, format="PNG", optimize=True)
+        size = picture.height
+        left = [None if n is None else n * (size + GAP) for n in places]
+        row = in_row([None if x is None else picture.crop((x, 0, x + size, size)) for x in left], size)
+    row.quantize(256).save(png, format="PNG", optimize=True)
     data = base64.b64encode(png.getvalue()).decode()
     wide = 100 / max(1, len(hits))
     frames = "".join(f'<i style="left:{n * wide:.3f}%;width:{wide:.3f}%"></i>' for n, hit in enumerate(hits) if hit)

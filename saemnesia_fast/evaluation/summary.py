@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from .frechet import frechet_distance
+from .frechet import Gaussian, frechet_distance
 from .intervals import CONFIDENCE, mean_and_half_width
 from .methods import Method
 from .metrics import NAMES, ErasureScores, mean_scores
@@ -21,10 +22,11 @@ def summarize(plan: Plan, about: Mapping[str, Any] | None = None) -> dict[str, A
     """Scores of every protocol, method and group of cases, each with its t-interval over the seeds.
 
     {"protocols": {protocol: {method: {group: {"scores": {name: {"mean", "plus_minus"}}, "fid", "cases": [...]}}}}},
-    beside the benchmark, the methods with their settings and times, the seeds, and what `about` adds (versions,
-    machine). A group's score is the mean over its cases, in a sequence that of the last; the interval is that of the
-    means of the seeds. `fid` is the Fréchet distance of the retained pictures, those that ask for no erased concept,
-    from the plain pictures of the same requests, over all cases of the mean and all seeds.
+    beside the benchmark, the methods with their settings and times, the seeds, the number of plain pictures of a seed,
+    the least and the largest number of an erasure and seed, and what `about` adds (versions, machine). A group's score
+    is the mean over its cases, in a sequence that of the last; the interval is that of the means of the seeds. `fid` is
+    the Fréchet distance of the retained pictures, those that ask for no erased concept, from the plain pictures of the
+    same requests, over all cases of the mean and all seeds.
 
     Raises:
         ValueError: units are missing.
@@ -33,6 +35,8 @@ def summarize(plan: Plan, about: Mapping[str, Any] | None = None) -> dict[str, A
     if missing:
         raise ValueError(f"units: expected all to be painted, got {len(missing)} missing in {plan.folder}")
     reader = _Reader(plan)
+    counts = [len(reader(one.method, one.erased, one.seed).features) for units in plan.groups() for one in units]
+    erasing = counts[len(plan.seeds) :] or counts
     protocols: dict[str, Any] = {}
     for case in plan.cases:
         protocols.setdefault(case.protocol, {}).setdefault(case.group, []).append(case)
@@ -43,7 +47,8 @@ def summarize(plan: Plan, about: Mapping[str, Any] | None = None) -> dict[str, A
             "features": plan.benchmark.features,
         },
         "seeds": list(plan.seeds),
-        "pictures_per_seed": len(plan.wanted((), plan.seeds[0])),
+        "pictures_per_seed": counts[0],
+        "pictures_per_erasure": [min(erasing), max(erasing)],
         "threads": plan.threads,
         "confidence": CONFIDENCE,
         **(about or {}),
@@ -59,17 +64,23 @@ def summarize(plan: Plan, about: Mapping[str, Any] | None = None) -> dict[str, A
 
 
 class _Reader:
-    """Outcomes, each read once."""
+    """Outcomes, each kept without its features [n, D]: [n, 0]."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.known: dict[Path, Outcome] = {}
+        self.plain = {seed: self.features(PLAIN, (), seed) for seed in plan.seeds}
 
     def __call__(self, method: Method, erased: Sequence[str], seed: int) -> Outcome:
         path = self.plan.unit(method, erased, seed).path
         if path not in self.known:
-            self.known[path] = Outcome.load(path)
+            outcome = Outcome.load(path)
+            self.known[path] = replace(outcome, features=outcome.features.new_empty(len(outcome.features), 0))
         return self.known[path]
+
+    def features(self, method: Method, erased: Sequence[str], seed: int) -> Tensor:
+        """[n, D], read again each time."""
+        return Outcome.load(self.plan.unit(method, erased, seed).path).features
 
 
 def _method(plan: Plan, reader: _Reader, method: Method) -> dict[str, Any]:
@@ -117,11 +128,11 @@ def _fid(plan: Plan, reader: _Reader, method: Method, cases: Sequence[Case]) -> 
     """None where too few pictures are retained for a Gaussian, or where only some were painted."""
     if plan.retained is not None:
         return None
-    found, reference = [], []
+    width = reader.plain[plan.seeds[0]].shape[1]
+    found, reference = Gaussian(width), Gaussian(width)
     for case in cases:
         for seed in plan.seeds:
             kept = reader(method, case.erased, seed).retained(plan.benchmark.classes, case.erased)
-            found.append(reader(method, case.erased, seed).features[kept])
-            reference.append(reader(PLAIN, (), seed).features[kept])
-    features = torch.cat(found)
-    return round(frechet_distance(features, torch.cat(reference)), 4) if len(features) > 1 else None
+            found.add(reader.features(method, case.erased, seed)[kept])
+            reference.add(reader.plain[seed][kept])
+    return round(frechet_distance(found, reference), 4) if found.count > 1 else None

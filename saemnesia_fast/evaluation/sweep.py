@@ -106,6 +106,5 @@ def _stored(setting: Setting) -> dict[str, Any]:
     return {
         "strength": strength,
         "num_latents": setting.num_latents,
-        "scale": setting.scale,
-        "reselect": setting.reselect,
+        **{name: getattr(setting, name) for name in ("scale", "reselect", "mode", "halves")},
     }

@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..files import remove_leftovers, write_atomic
-from ..ops import current_backend
+from ..ops import backend_report
 from .methods import Benchmark, Method, NoErasure
 from .outcome import Outcome, erased_indices
 from .protocols import Case
 
 FORMAT = 1
 PLAIN: Method = NoErasure()
-THUMBNAIL = 96
+THUMBNAIL, GAP = 96, 2
+ERASING = ("erase", "probe", "steering_lines")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +79,8 @@ class Plan:
     @cached_property
     def descriptions(self) -> dict[str, Any]:
         """What pictures depend on, as JSON: under "" of the benchmark and the programs, and of every method by name."""
-        made_with = {"saemnesia-fast": __version__, "torch": torch.__version__, "backend": current_backend()}
-        benchmark = {"name": self.benchmark.name, **self.benchmark.described(), "made_with": made_with}
+        programs = made_with(getattr(self.benchmark.pipe, "device", "cpu"))
+        benchmark = {"name": self.benchmark.name, **self.benchmark.described(), "made_with": programs}
         return {"": described(benchmark), **{one.name: described(one) for one in [PLAIN, *self.methods]}}
 
     def unit(self, method: Method, erased: Sequence[str], seed: int) -> Unit:
@@ -166,13 +168,29 @@ def shown(wanted: Sequence[Any], classes: Mapping[str, Sequence[str]]) -> list[i
 
 
 def picture_row(images: Tensor) -> Image.Image:
-    """Images [n, 3, H, W] in [0, 1] side by side, 2 pixels apart, no larger than a thumbnail."""
+    """Images [n, 3, H, W] in [0, 1] side by side, no larger than a thumbnail."""
     size = min(THUMBNAIL, images.shape[-1])
-    row = Image.new("RGB", (max(1, len(images) * (size + 2) - 2), size), (255, 255, 255))
-    for n, image in enumerate(images.float().cpu().clamp(0, 1)):
-        picture = Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
-        row.paste(picture.resize((size, size), Image.Resampling.BICUBIC), (n * (size + 2), 0))
+    pixels = (images.float().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    return in_row([Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC) for one in pixels], size)
+
+
+def in_row(pictures: Sequence[Image.Image | None], size: int) -> Image.Image:
+    """Pictures of size x size pixels side by side on white, `GAP` pixels apart; None leaves a place empty."""
+    row = Image.new("RGB", (max(1, len(pictures) * (size + GAP) - GAP), size), (255, 255, 255))
+    for n, picture in enumerate(pictures):
+        if picture is not None:
+            row.paste(picture, (n * (size + GAP), 0))
     return row
+
+
+def made_with(device: torch.device | str) -> dict[str, Any]:
+    """The programs that pictures erased on `device` depend on: versions, and the backend of each op of an erasure."""
+    return {
+        "saemnesia-fast": __version__,
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("diffusers", "transformers")},
+        "backend": {one.op: one.backend for one in backend_report(device) if one.op in ERASING},
+    }
 
 
 def described(value: Any) -> Any:

@@ -6,11 +6,14 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..training.unlearn_canvas import OBJECTS
+from .judge import SIDE, THEMES, WIDTH, operations
+
 if TYPE_CHECKING:
     from ..evaluation import Plan
     from .benchmark import UnlearnCanvas
 
-FEATURES = 2048
+FEATURES = 2 * WIDTH
 _PNG_BYTES = 20 * 20_000
 
 
@@ -24,6 +27,8 @@ class Cost:
     steps: int
     """Denoising steps, each a UNet call on both guidance halves, counted for every picture."""
     seconds_per_step: float
+    judging_operations: int
+    """Of both classifiers on all pictures, in float32; not among the hours."""
     disk_bytes: int
     """Judgements, features and thumbnails; pictures themselves are not kept."""
     memory_bytes: int
@@ -34,11 +39,13 @@ class Cost:
         return self.steps * self.seconds_per_step / 3600
 
     def __str__(self) -> str:
+        judging = self.judging_operations / 1e15
         lines = [
             ("units", f"{self.units:,}"),
             ("pictures", f"{self.pictures:,}"),
             ("denoising steps", f"{self.steps:,}"),
             ("hours", f"{self.hours:,.1f} on one device, at {1000 * self.seconds_per_step:.2f} ms a step and picture"),
+            ("judging", f"{judging:.2f} PFLOP in float32 by two ViT-L at {SIDE} x {SIDE}, not in the hours"),
             ("disk", f"{self.disk_bytes / 1e9:.2f} GB"),
             ("host memory", f"{self.memory_bytes / 1e9:.2f} GB for the pictures of one unit"),
         ]
@@ -57,6 +64,7 @@ def estimate(plan: Plan, num_steps: int, seconds_per_step: float, side: int = 51
         pictures=sum(sizes),
         steps=sum(sizes) * num_steps,
         seconds_per_step=seconds_per_step,
+        judging_operations=sum(sizes) * (operations(len(OBJECTS)) + operations(len(THEMES))),
         disk_bytes=sum(sizes) * 4 * (FEATURES + classes + 4) + len(sizes) * _PNG_BYTES,
         memory_bytes=max(sizes) * 3 * side * side * 4,
     )

@@ -19,10 +19,20 @@ if TYPE_CHECKING:
     from ..evaluation import Judgement
 
 ARCHITECTURE = "vit_large_patch16_224.augreg_in21k"
-SIDE = 224
+SIDE, PATCH, WIDTH, DEPTH = 224, 16, 1024, 24
+"""ViT-L/16's (arXiv 2010.11929, table 1); its hidden layers are four times as wide."""
 THEMES = tuple(sorted((*STYLES, "Seed_Images")))
 """The style classifier's 51 classes in its order, which is the alphabet's."""
 _ORDER = [THEMES.index(style) for style in (*STYLES, "Seed_Images")]
+
+
+def operations(classes: int) -> int:
+    """Of one picture through one classifier: two for each multiplication of its matrix products."""
+    patches = (SIDE // PATCH) ** 2
+    tokens = patches + 1
+    embedding = patches * 3 * PATCH**2 * WIDTH
+    block = tokens * 12 * WIDTH**2 + 2 * tokens**2 * WIDTH
+    return 2 * (embedding + DEPTH * block + WIDTH * classes)
 
 
 class Judge(nn.Module):
