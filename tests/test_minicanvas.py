@@ -10,6 +10,8 @@ from PIL import Image
 
 from saemnesia_fast.cli.demo import Demo
 from saemnesia_fast.cli.main import main
+from saemnesia_fast.concepts import load_assignment
+from saemnesia_fast.evaluation.analyses.scores import score_profile
 from saemnesia_fast.evaluation.units import described
 from saemnesia_fast.files import read_json
 from saemnesia_fast.minicanvas import build
@@ -61,6 +63,7 @@ def test_every_concept_has_a_supervised_latent_that_stands_out_more_than_its_bes
         for point in setting.strength:
             before, table = canvas.tables[point], tables[point]
             table.check_sae(saes[point])
+            assert load_assignment(SUPERVISED / "sae" / point, table.sae_hash) == table.assignment
             assert len(set(table.assignment.values())) == len(table.concepts) == len(OBJECTS) + len(STYLES)
             for name in (name for name, its in zip(table.concepts, table.kinds, strict=True) if its == kind):
                 own = table.scores(name).mean(0)[table.assignment[name]]
@@ -94,12 +97,47 @@ def test_the_committed_sequence_meets_the_bars():
     assert scores["UA"]["mean"] >= 92 and scores["IRA"]["mean"] >= 90 and exact["IRA"]["mean"] >= 90
 
 
-@pytest.mark.parametrize("file", ["minicanvas.json", "minicanvas_sequence.json", "minicanvas_pairs.json"])
-def test_the_committed_evaluations_are_of_what_is_shipped(canvas, file):
-    made = {one["name"]: one["settings"] for one in read_json(RESULTS / file)["methods"]}
+EVALUATIONS = ("minicanvas.json", "minicanvas_sequence.json", "minicanvas_pairs.json")
+ATTACKS = ("attack_vocabulary.json", "attack_continuous.json", "attack_search.json")
+
+
+@pytest.mark.parametrize("file", [*EVALUATIONS, *ATTACKS])
+def test_the_committed_results_are_of_what_is_shipped(canvas, file):
+    found = read_json(RESULTS / file)["methods"]
+    made = found if isinstance(found, dict) else {one["name"]: one["settings"] for one in found}
     names = [name for name in made if name.startswith(("saeuron", "saemnesia"))]
     assert "saemnesia-exact" in names
     assert {one.name: described(one) for one in methods(names, canvas)} == {name: made[name] for name in names}
+
+
+def test_the_committed_scores_are_those_of_what_is_shipped(canvas):
+    """A supervised latent stands out twice as far as SAeUron's best but at the first of the objects' hook points."""
+    committed = read_json(RESULTS / "analyse_scores.json")
+    peaks = {}
+    for name, tables in (("SAeUron", canvas.tables), ("SAEmnesia", load_sparse(SUPERVISED)[1])):
+        for kind, setting in SUPERVISED_SETTINGS.items():
+            for point in setting.strength:
+                concepts = [
+                    one for one, its in zip(tables[point].concepts, tables[point].kinds, strict=True) if its == kind
+                ]
+                mean = score_profile(tables[point], concepts)["mean"]
+                assert mean == pytest.approx(committed[f"{name} at {point}"][kind]["mean"])
+                peaks[name, point] = mean["peak"]
+    ratios = {point: peaks["SAEmnesia", point] / peaks["SAeUron", point] for point in HOOK_POINTS}
+    assert [point for point, ratio in ratios.items() if ratio < 2] == [HOOK_POINTS[0]]
+
+
+def test_the_committed_searches_are_of_what_is_shipped():
+    """7 runs a concept against 210, the best of which the supervised tables hold."""
+    supervised, unsupervised = (read_json(RESULTS / f"sweep_{name}.json") for name in ("saemnesia", "saeuron"))
+    assert (supervised["runs_per_concept"], unsupervised["runs_per_concept"]) == (7, 210)
+    assert supervised["machine"]["cpu"] == unsupervised["machine"]["cpu"]
+    tables = load_sparse(SUPERVISED)[1]
+    for kind, setting in SUPERVISED_SETTINGS.items():
+        for table in (tables[point] for point in setting.strength):
+            for name in (name for name, its in zip(table.concepts, table.kinds, strict=True) if its == kind):
+                best = supervised["concepts"][name]["best"]
+                assert {key: table.settings[name][key] for key in best} == best
 
 
 def test_the_judge_knows_drawn_pictures(canvas):
@@ -193,6 +231,8 @@ def test_the_builder_makes_everything_from_nothing_and_resumes(tmp_path, hasty):
     _, supervised = methods(["saeuron-exact", "saemnesia-exact"], made, config.out / "supervised")
     with supervised.erased(made.pipe, ["fish", "neon"]):
         assert made.paint(requests(1, seed=0)[:2]).isfinite().all()
+    for point, table in supervised.tables.items():
+        assert load_assignment(config.out / "supervised" / "sae" / point, table.sae_hash) == table.assignment
     before = (tmp_path / "work" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     assert Builder(config).run() == record
     assert (tmp_path / "work" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before

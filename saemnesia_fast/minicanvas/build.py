@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionM
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..concepts import ConceptTable, collect_concepts
+from ..concepts import ConceptTable, collect_concepts, save_assignment
 from ..files import load_tensors, read_json, save_tensors, write_json
 from ..sae import TopKSAE
 from ..training import (
@@ -261,16 +261,31 @@ class Builder:
             guidance_scale=canvas.guidance_scale,
             seed=4_000_000 + self.config.seed,
             batch_size=48,
-            stream=STREAMS,
+            stream={point: STREAMS[point] for point in saes},
             model_id="minicanvas",
             progress=self.config.progress,
         )
 
-    def supervised(self) -> dict[str, Any]:
+    def supervise_config(self, hook_point: str) -> SuperviseConfig:
+        return SuperviseConfig(
+            out_dir=self.work / "supervised_runs",
+            hook_point=hook_point,
+            epochs=SUPERVISION.epochs,
+            lr=SUPERVISION.lr,
+            lr_schedule="linear",
+            negatives=True,
+            rectified=False,
+            dead_after=500_000,
+            seed=self.config.seed,
+            resume=True,
+            progress=self.config.progress,
+        )
+
+    def supervised(self, hook_points: Sequence[str] = HOOK_POINTS) -> dict[str, Any]:
         """A second SAE at each hook point, with a latent for each concept (SPEC 4.2)."""
         out = self.work / "supervised"
         result: dict[str, Any] = {}
-        for point in HOOK_POINTS:
+        for point in hook_points:
             table = ConceptTable.load(self.work / "concepts" / point)
             data = LabelledActivations(
                 self.work / "activations",
@@ -280,29 +295,18 @@ class Builder:
                 images=SUPERVISION.images,
                 seed=self.config.seed,
             )
-            config = SuperviseConfig(
-                out_dir=self.work / "supervised_runs",
-                hook_point=point,
-                epochs=SUPERVISION.epochs,
-                lr=SUPERVISION.lr,
-                lr_schedule="linear",
-                negatives=True,
-                rectified=False,
-                dead_after=500_000,
-                seed=self.config.seed,
-                resume=True,
-                progress=self.config.progress,
-            )
             started = time.monotonic()
-            sae = supervise_sae(config, data, self.load_sae(point), table)
+            sae = supervise_sae(self.supervise_config(point), data, self.load_sae(point), table)
             sae.half().save_pretrained(out / "sae" / point)
             result[point] = {"seconds": round(time.monotonic() - started, 1)}
         saes = {
-            point: TopKSAE.from_pretrained(out / "sae", subfolder=point, dtype=torch.float32) for point in HOOK_POINTS
+            point: TopKSAE.from_pretrained(out / "sae", subfolder=point, dtype=torch.float32) for point in hook_points
         }
         for point, table in self.tables(saes).items():
             table.assignment = assignment_of(ConceptTable.load(self.work / "concepts" / point))
             table.save(out / "concepts" / point)
+            kinds = dict(zip(table.concepts, table.kinds, strict=True))
+            save_assignment(out / "sae" / point, table.assignment, kinds, saes[point])
             measured = evaluate_sae(saes[point], self.held_out(point))
             best = {name: float(table.scores(name)[:, latent].mean()) for name, latent in table.assignment.items()}
             result[point] |= {
