@@ -11,8 +11,9 @@ export PYTHONSAFEPATH := 1
 TORCH = torch==2.13.0$(if $(CPU_LINUX),+cpu triton==3.6.0)
 CPU_LINUX = $(shell [ "$$(uname)" = Linux ] && ! nvidia-smi >/dev/null 2>&1 && echo yes)
 
-# Its dependencies, which our test of it does not need, ask for a numpy that Triton's interpreter cannot use.
-EVAL_UNLEARN := eval-unlearn==1.1.2
+# What tests compare with, without their dependencies: these ask for data sets' readers, or for a numpy that Triton's
+# interpreter cannot use.
+PEERS := eval-unlearn==1.1.2 eai-sparsify==1.3.3 simple-parsing==0.1.9 natsort==8.4.0 einops==0.8.2
 
 .PHONY: demo test soak lint bench gpu minicanvas clean
 
@@ -47,7 +48,7 @@ $(READY): Makefile pyproject.toml requirements-dev.txt setup.py $(wildcard csrc/
 	@$(PYTHON) -m venv .venv
 	@$(PIP) $(TORCH) 2>/dev/null || $(PIP) $(TORCH) --extra-index-url $(PYTORCH_CPU)
 	@$(PIP) -r requirements-dev.txt
-	@$(PIP) --no-deps $(EVAL_UNLEARN) || echo "Without $(EVAL_UNLEARN): its test will be skipped"
+	@$(PIP) --no-deps $(PEERS) || echo "Without $(PEERS): tests with them will be skipped"
 	@$(PIP) --no-build-isolation -e . || { echo "Once more, without the C++ extension"; \
 		SAEMNESIA_FAST_BUILD=0 $(PIP) --no-build-isolation -e .; }
 	@touch $@
