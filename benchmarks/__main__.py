@@ -18,6 +18,12 @@ OPS = ("erase", "encode_topk", "unet", "hooks", "decode", "decode_error", "probe
 STEPS = ("train_step",)
 """Commands of their own, whose rows have more columns."""
 
+PARTS = (
+    *("build", "tests", "tune", "ceilings", "erase", "encode_topk", "unet", "train_step"),
+    *("latent_gradients", "adam_latents", "decode", "probe", "decode_error", "hooks"),
+)
+"""Of `gpu`, what is missed most first, as time may run out."""
+
 
 def ops(arguments: argparse.Namespace) -> None:
     import torch
@@ -25,6 +31,7 @@ def ops(arguments: argparse.Namespace) -> None:
     import machine
     from harness import attempt, clock_for
     from results import append_csv, as_records, table
+    from saemnesia_fast.files import write_json
 
     device = _device(arguments)
     stamp = machine.describe(device)
@@ -47,31 +54,35 @@ def ops(arguments: argparse.Namespace) -> None:
             if arguments.csv:
                 append_csv(new, arguments.csv)
             if arguments.json:
-                arguments.json.write_text(json.dumps(as_records(rows)), encoding="utf-8")
+                write_json(arguments.json, as_records(rows))
 
 
 def train_step(arguments: argparse.Namespace) -> None:
     import machine
     import train_step
-    from results import append_csv, as_records
+    from results import as_records, read_csv, write_csv
+    from saemnesia_fast.files import write_json
 
     device = _device(arguments)
     stamp = machine.describe(device)
     ceilings = _ceilings(arguments, device)
-    rows = []
+    csv = arguments.csv
+    old = read_csv(csv, train_step.StepRow) if csv and csv.exists() else []
+    rows: list[train_step.StepRow] = []
     for case in train_step.cases(device, arguments.small):
         if arguments.only not in str(case):
             continue
         floor = ceilings.floor_us(train_step.work(case))
         print(f"\n{case}, floor {floor / 1e3:.1f} ms", flush=True)
         names = [name for name in train_step.competitors(case, device) if name not in arguments.without]
-        new = train_step.measure(case, device, names, arguments.seconds, floor, stamp)
-        rows += new
+        done = rows
+        for new in train_step.measure(case, device, names, arguments.seconds, floor, stamp):
+            rows = [*done, *new]
+            if csv:
+                write_csv([*old, *rows], csv)
+            if arguments.json:
+                write_json(arguments.json, as_records(rows))
         print(train_step.table(new), flush=True)
-        if arguments.csv:
-            append_csv(new, arguments.csv)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(as_records(rows)), encoding="utf-8")
 
 
 def _device(arguments: argparse.Namespace) -> str:
@@ -93,20 +104,22 @@ def _ceilings(arguments: argparse.Namespace, device: str) -> Any:
 
 def ceilings(arguments: argparse.Namespace) -> None:
     import machine
+    from saemnesia_fast.files import write_json
 
     measured = asdict(machine.measure_ceilings(arguments.device))
-    arguments.json.write_text(json.dumps(measured), encoding="utf-8")
+    write_json(arguments.json, measured)
     print(json.dumps(measured, indent=2))
 
 
 def gpu(arguments: argparse.Namespace) -> None:
+    sys.path.append(str(ROOT))  # for this process, which only starts others: nothing may be installed yet
     import dry
     import gpu
 
     if arguments.dry:
         print(dry.report((*OPS, *STEPS)))
     else:
-        raise SystemExit(gpu.main(OPS, arguments.out, arguments.minutes, STEPS))
+        raise SystemExit(gpu.main(arguments.parts, arguments.out, arguments.minutes, STEPS))
 
 
 def tune(arguments: argparse.Namespace) -> None:
@@ -116,6 +129,7 @@ def tune(arguments: argparse.Namespace) -> None:
     import tune
     from harness import clock_for
     from results import as_records
+    from saemnesia_fast.files import write_json
 
     if not torch.cuda.is_available():
         raise SystemExit("tune: no CUDA device")
@@ -125,7 +139,7 @@ def tune(arguments: argparse.Namespace) -> None:
         record["tiles"][operand] = tiles and tiles._asdict()
         record["rows"] += as_records(rows)
         if arguments.json:
-            arguments.json.write_text(json.dumps(record), encoding="utf-8")
+            write_json(arguments.json, record)
     raise SystemExit(0 if all(record["tiles"].values()) else 1)
 
 
@@ -139,6 +153,12 @@ def minicanvas_sae(arguments: argparse.Namespace) -> None:
     import minicanvas_sae
 
     minicanvas_sae.main(arguments.out, arguments.steps, arguments.images, arguments.work)
+
+
+def trials(arguments: argparse.Namespace) -> None:
+    import trials
+
+    trials.main(arguments.out, arguments.work, arguments.processes)
 
 
 def supervised_step(arguments: argparse.Namespace) -> None:
@@ -194,6 +214,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("gpu", help="build, test and measure everything on this GPU into one JSON")
     command.set_defaults(run=gpu)
     command.add_argument("--out", type=Path, help="a JSON, or a folder for it")
+    command.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, metavar="PART", help=", ".join(PARTS))
     command.add_argument("--minutes", type=float, default=9.5, help="in all")
     command.add_argument("--dry", action="store_true", help="measure nothing: shapes, bytes, FLOPs, floors, registers")
 
@@ -215,6 +236,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--images", type=int, default=12, help="of each object in each style")
     command.add_argument("--work", type=Path, help="keep the collected tokens here")
     command.add_argument("--out", type=Path, default=results / "minicanvas_sae.json")
+
+    command = commands.add_parser("trials", help="what else a supervised latent was tried with on MiniCanvas")
+    command.set_defaults(run=trials)
+    command.add_argument("--processes", type=int, default=0, help="that paint; as many as there are cores if 0")
+    command.add_argument("--work", type=Path, help="keep what is done here, to go on from")
+    command.add_argument("--out", type=Path, default=results / "minicanvas_trials.json")
 
     command = commands.add_parser("supervised_step", help="what supervision adds to a training step")
     command.set_defaults(run=supervised_step)

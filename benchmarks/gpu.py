@@ -1,7 +1,7 @@
-"""Everything that needs a GPU, in one command and one JSON: build, GPU tests, tuning, ceilings, every op.
+"""Everything that needs a GPU, in one command, one JSON and one log: build, GPU tests, tuning, ceilings, every op.
 
 Each part is a process of its own under its own time limit, so that one that crashes, hangs or poisons the device costs
-nothing but itself. The JSON is rewritten after each part.
+nothing but itself. The JSON is rewritten after each part; the log beside it grows with all that they print.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +27,45 @@ import torch
 
 from machine import ROOT, describe
 from results import RESULTS, from_records, table
+from saemnesia_fast.files import write_json
 
 LIMITS = {
-    "build": 150,
-    "tests": 210,
-    "tune": 120,
-    "ceilings": 30,
-    "erase": 100,
-    "encode_topk": 120,
-    "unet": 90,
-    "hooks": 30,
-    "train_step": 180,
+    "build": 200,
+    "tests": 450,
+    "tune": 180,
+    "ceilings": 40,
+    "erase": 150,
+    "encode_topk": 180,
+    "unet": 120,
+    "train_step": 330,
+    "latent_gradients": 120,
 }
-LIMIT = 60
+LIMIT = 80
+GRACE = 10.0
+"""Seconds that a part has at its limit to say what it knows, before it is killed."""
 SECONDS = {"unet": 5.0}
 SECONDS_A_CASE = 0.5
 TAIL = 6000
+LOADS = "import torch, saemnesia_fast._C_cuda as built; print(built.__file__, built.build_config())"
+PYTEST = [
+    *("-m", "gpu", "-v", "--tb=short", "-rsfE", "--continue-on-collection-errors", "-p", "no:cacheprovider"),
+    *("-W", "default"),  # what this machine's packages warn of is no failure of ours
+]
+PLUGINS = {
+    "xdist": ("-n", str(min(8, (os.cpu_count() or 1) // 2)), "--dist", "worksteal"),
+    "pytest_timeout": ("--timeout=150", "--timeout-method=thread"),
+}
+"""Those of pytest that are used where they are installed, as against whatever else a machine may have."""
 
 
 class Session:
-    """The parts done so far, and the file that holds them."""
+    """The parts done so far, and the files that hold them."""
 
     def __init__(self, path: Path, minutes: float) -> None:
         self.path = path
+        self.log = path.with_suffix(".log")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.write_bytes(b"")
         self.deadline = time.monotonic() + 60 * minutes
         self.environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
         capability = torch.cuda.get_device_capability()
@@ -64,30 +81,31 @@ class Session:
             "rows": [],
         }
 
-    def part(self, name: str, command: Sequence[str | Path]) -> dict[str, Any]:
+    def part(self, name: str, command: Sequence[str | Path], **environment: str) -> dict[str, Any]:
         """Run one process and record its status, duration and the end of its output."""
         limit = min(LIMITS.get(name, LIMIT), self.deadline - time.monotonic())
         print(f"\n== {name}", flush=True)
         if limit < 5:
             done = {"status": "left out: no time", "seconds": 0.0, "output": ""}
         else:
-            done = _run([str(word) for word in command], self.environment, limit)
+            done = _run([str(word) for word in command], self.environment | environment, limit, self.log)
         self.record["parts"][name] = done
         self.save()
-        print(done["output"][-2000:] if done["status"] != "ok" else "", f"{name}: {done['status']}", flush=True)
+        shown = done["output"] if done["status"] != "ok" else done["output"].rstrip().rpartition("\n")[2]
+        print(shown, f"{name}: {done['status']}, {done['seconds']} s", sep="\n", flush=True)
         return done
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".part")
-        unfinished.write_text(json.dumps(self.record, indent=1), encoding="utf-8")
-        unfinished.replace(self.path)
+        write_json(self.path, self.record)
 
 
-def _run(command: list[str], environment: dict[str, str], limit: float) -> dict[str, Any]:
-    """One process and all that it starts, ended together at the limit."""
+def _run(command: list[str], environment: dict[str, str], limit: float, log: Path) -> dict[str, Any]:
+    """One process and all that it starts, ended together at the limit; what they print is added to the log."""
     before = time.monotonic()
-    with tempfile.TemporaryFile() as output:
+    with log.open("ab") as output:
+        output.write(f"\n$ {' '.join(command)}\n".encode())
+        output.flush()
+        start = output.tell()
         try:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -97,20 +115,28 @@ def _run(command: list[str], environment: dict[str, str], limit: float) -> dict[
                 status = "ok" if code == 0 else f"failed: exit status {code}"
             except subprocess.TimeoutExpired:
                 status = f"failed: longer than {limit:.0f} s"
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         except OSError as error:
             status = f"failed: {error}"
-        output.seek(0)
-        text = output.read().decode(errors="replace")
+    text = log.read_bytes()[start:].decode(errors="replace")
     return {"status": status, "seconds": round(time.monotonic() - before, 1), "output": text[-TAIL:]}
 
 
 def gpu_tests() -> list[Path]:
     """The test files with tests marked gpu: the others may import what is not installed."""
     return sorted(path for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8"))
+
+
+def pytest_arguments() -> list[str]:
+    """How pytest runs, so that nothing but a GPU test fails, and it alone."""
+    there = {name: options for name, options in PLUGINS.items() if find_spec(name)}
+    return [*PYTEST, *(word for name, options in there.items() for word in ("-p", name, *options))]
 
 
 def link_tree(folder: Path) -> Path:
@@ -128,48 +154,50 @@ def default_path(device: str, date: str) -> str:
     return f"gpu-{name}-{date[:10]}.json"
 
 
-def main(ops: Sequence[str], out: Path | None, minutes: float, steps: Sequence[str] = ()) -> int:
+def main(parts: Sequence[str], out: Path | None, minutes: float, steps: Sequence[str] = ()) -> int:
     """0 if every part that could run did so; the JSON is there in any case. `steps` are commands, with rows apart."""
     if not torch.cuda.is_available():
         print("no CUDA device; `--dry` shows what would be measured", file=sys.stderr)
         return 2
     stamp = describe("cuda")
+    if stamp.commit == "unknown":
+        print("the commit is recorded as unknown: set the variable COMMIT")
     out = out or RESULTS
     session = Session(out if out.suffix == ".json" else out / default_path(stamp.machine, stamp.date), minutes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         python: list[str | Path] = [sys.executable]
         benchmarks = [*python, ROOT / "benchmarks"]
-        install = ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
-        if session.part("build", [*python, *install])["status"] != "ok":
-            session.environment["PYTHONPATH"] = str(link_tree(folder / "tree"))
-        if tests := gpu_tests():
-            session.part("tests", [*python, "-m", "pytest", "-m", "gpu", "-q", "-rfEs", *tests])
-        else:
-            session.record["parts"]["tests"] = {"status": "absent: no test is marked gpu", "seconds": 0.0, "output": ""}
-        tuned = folder / "tuned.json"
-        session.part("tune", [*benchmarks, "tune", "--json", tuned])
-        session.record["tuning"] = _read(tuned) or {}
-        config = ROOT / "saemnesia_fast" / "configs" / session.record["tuning"].get("file", "absent")
-        if config.is_file() and session.path.parent != RESULTS:
-            shutil.copy(config, session.path.parent)
+        if "build" in parts:
+            session.part("build", [*python, "setup.py", "build_ext", "--inplace"])
+        carried = os.environ.get("PYTHONPATH")
+        session.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(link_tree(folder / "tree")), carried]))
+        session.part("load", [*python, "-c", LOADS])
         ceilings = folder / "ceilings.json"
-        session.part("ceilings", [*benchmarks, "ceilings", "--device", "cuda", "--json", ceilings])
-        session.record["ceilings"] = _read(ceilings) or {}
-        given = ["--ceilings", ceilings] if ceilings.exists() else []
-        for op in ops:
-            rows = folder / f"{op}.json"
-            seconds = str(SECONDS.get(op, SECONDS_A_CASE))
-            arguments = [op, "--device", "cuda", "--seconds", seconds, "--json", rows, *given]
-            session.part(op, [*benchmarks, "ops", *arguments])
-            session.record["rows"] += _read(rows) or []
+        for part in parts:
+            rows = folder / f"{part}.json"
+            measured = ["--device", "cuda", "--json", rows, *(["--ceilings", ceilings] if ceilings.exists() else [])]
+            if part == "tests":
+                command = [*python, "-m", "pytest", *pytest_arguments(), *gpu_tests()]
+                session.part(part, command, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", OMP_NUM_THREADS="2")
+            elif part == "tune":
+                session.part(part, [*benchmarks, part, "--json", rows])
+                session.record["tuning"] = _read(rows) or {}
+                config = ROOT / "saemnesia_fast" / "configs" / session.record["tuning"].get("file", "absent")
+                if config.is_file() and session.path.parent != RESULTS:
+                    shutil.copy(config, session.path.parent)
+            elif part == "ceilings":
+                session.part(part, [*benchmarks, part, "--device", "cuda", "--json", rows])
+                session.record["ceilings"] = _read(rows) or {}
+            elif part in steps:
+                session.part(part, [*benchmarks, part, "--seconds", "1", *measured])
+                session.record[part] = _read(rows) or []
+            elif part != "build":
+                seconds = str(SECONDS.get(part, SECONDS_A_CASE))
+                session.part(part, [*benchmarks, "ops", part, "--seconds", seconds, *measured])
+                session.record["rows"] += _read(rows) or []
             session.save()
-        for name in steps:
-            rows = folder / f"{name}.json"
-            session.part(name, [*benchmarks, name, "--device", "cuda", "--seconds", "1", "--json", rows, *given])
-            session.record[name] = _read(rows) or []
-            session.save()
-    print(f"\n{table(from_records(session.record['rows']))}\n\nwritten: {session.path.name}")
+    print(f"\n{table(from_records(session.record['rows']))}\n\nwritten: {session.path.name}, {session.log.name}")
     return int(any(part["status"].startswith("failed") for part in session.record["parts"].values()))
 
 

@@ -137,17 +137,18 @@ class CudaClock:
     def prepare(self, call: Callable[[], Any], capturable: bool) -> tuple[Callable[[], Any], str]:
         if not capturable:
             return call, "events"
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side, before = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(before)
         with torch.cuda.stream(side):
             for _ in range(3):
                 call()
-        torch.cuda.current_stream().wait_stream(side)
+        before.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 result = call()
         except RuntimeError:
+            torch.cuda.set_stream(before)  # which a capture that fails leaves behind
             torch.cuda.synchronize()
             return call, "events"
 

@@ -17,6 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 EVALUATION = RESULTS / "minicanvas.json"
 SEQUENCE = RESULTS / "minicanvas_sequence.json"
 PAIRS = RESULTS / "minicanvas_pairs.json"
+TRIALS = RESULTS / "minicanvas_trials.json"
 SEARCHES = [RESULTS / f"sweep_{method}.json" for method in ("saemnesia", "saeuron")]
 ATTACKS = {name: RESULTS / f"attack_{name}.json" for name in ("vocabulary", "continuous", "search")}
 LATENTS, SEPARABILITY = (RESULTS / f"analyse_{what}.json" for what in ("scores", "separability"))
@@ -52,6 +53,31 @@ def erasure_methods() -> str:
     return erasure_table(("none", "saeuron-exact", "saemnesia-exact", "saemnesia-contrast", "uce"))
 
 
+def settings_table() -> str:
+    """With what the methods that read an SAE erased."""
+    lines = [
+        "| of | by | strength | hook points | latents at each | scale | guidance halves |",
+        "|---" * 7 + "|",
+    ]
+    for kind in KINDS:
+        for one in _read(EVALUATION)["methods"]:
+            if "saes" not in one["settings"]:
+                continue
+            setting = one["settings"]["settings"][kind]
+            if one["settings"]["stored"] or setting["reselect"]:
+                continue
+            (strength,) = set(setting["strength"].values())
+            steered = (setting["scale"], setting["halves"]) if setting["mode"] in ("exact", "released") else ("", "")
+            cells = (
+                "" if setting["mode"] == "replace" else f"{strength:g}",
+                ", ".join(f"`{point}`" for point in setting["strength"]),
+                setting["num_latents"] or "1, assigned",
+                *steered,
+            )
+            lines.append(f"| {kind}s | {one['name']} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def sequence_table() -> str:
     """One kind erased concept by concept until one is left, and how far the average falls from that of one alone."""
     if not SEQUENCE.exists():
@@ -66,6 +92,65 @@ def sequence_table() -> str:
             count = f"{len(group['cases'])} of {len(group['cases']) + 1} {kind}s"
             lines.append(f"| {count} | {method} | {_scores(group, ('UA', 'IRA', 'CRA', 'average'))} | {fall:.1f} |")
     return "\n".join([*lines, "", _means_over_seeds(report)])
+
+
+BARS = {"object": {"UA": 97, "IRA": 97, "CRA": 98}, "style": {"UA": 95, "IRA": 95, "CRA": 95}}
+"""Means that one latent a concept was to reach, of concepts erased one at a time."""
+IN_SEQUENCE = {("UA", "UA"): 92, ("IRA", "RA"): 90}
+"""The same for all objects but one, by (score, its name there)."""
+CONTENDERS = ("saemnesia-exact", "saemnesia-contrast")
+
+
+def bars_table() -> str:
+    """What MiniCanvas' erasures were to reach, and by how much they fall short."""
+    if not SEQUENCE.exists():
+        return NOT_YET
+    single, sequence = _read(EVALUATION)["protocols"]["single"], _read(SEQUENCE)["protocols"]["sequence"]
+
+    def means(protocol: dict[str, Any], kind: str, score: str) -> list[float]:
+        return [protocol[method][kind]["scores"][score]["mean"] for method in ("saeuron-exact", *CONTENDERS)]
+
+    def row(what: str, sign: str, bar: float, reached: Sequence[float]) -> str:
+        short = [(bar - found if sign == "≥" else found - bar) for found in reached]
+        cells = [
+            f"{found:.1f}" + (f", **{by:.1f} short**" if by >= 0.05 else "")
+            for found, by in zip(reached, short, strict=True)
+        ]
+        return f"| {what} | {sign} {round(bar, 1):g} | {reached[0]:.1f} | {' | '.join(cells[1:])} |"
+
+    average, at_once = (means(protocol, "object", "average") for protocol in (single, sequence))
+    falls = [alone - together for alone, together in zip(average, at_once, strict=True)]
+    debris = means(single, "object", "debris")
+    rows = [
+        *(
+            row(f"{kind}s, {score}", "≥", bar, means(single, kind, score))
+            for kind, bars in BARS.items()
+            for score, bar in bars.items()
+        ),
+        *(
+            row(f"7 of 8 objects, {name}", "≥", bar, means(sequence, "object", s))
+            for (s, name), bar in IN_SEQUENCE.items()
+        ),
+        row("objects, average: SAeUron's", "≥", average[0], average),
+        row("7 of 8 objects, fall of the average: SAeUron's", "≤", falls[0], falls),
+        row("objects, debris: half of `exact`'s", "≤", debris[1] / 2, debris),
+    ]
+    heads = f"| bar | | saeuron-exact | {' | '.join(CONTENDERS)} |"
+    return "\n".join([heads, "|---" * (3 + len(CONTENDERS)) + "|", *rows])
+
+
+def trials_table() -> str:
+    """What else was tried."""
+    if not TRIALS.exists():
+        return NOT_YET
+    report = _read(TRIALS)
+    columns = (*SCORES[:3], "average", "debris")
+    lines = [f"| changed | to | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for trial in report["trials"]:
+        cells = " | ".join(f"{trial['scores'][name]:.1f}" for name in columns)
+        lines.append(f"| {trial['changed']} | {trial['name']} | {cells} |")
+    counted = f"{len(report['seeds'])} seeds of {report['pictures_per_seed']} pictures for each"
+    return "\n".join([*lines, "", f"Percent, means over the 8 objects, {counted}; {_device(report)}."])
 
 
 def pairs_table() -> str:
@@ -97,7 +182,7 @@ def search_table() -> str:
 
 
 def attack_table() -> str:
-    """UA before an attack and after each that was run."""
+    """UA before an attack and after each that was run; in brackets if only prompts that can be written count."""
     reports = {name: _read(path) for name, path in ATTACKS.items() if path.exists()}
     if not reports:
         return NOT_YET
@@ -106,12 +191,12 @@ def attack_table() -> str:
     first = next(iter(reports.values()))
     for kind in KINDS:
         for method, groups in first["UA"].items():
-            after = [report["UA"][method][kind]["after"]["mean"] for report in reports.values()]
-            before, count = (
-                groups[kind]["before"]["mean"],
-                len({u["concept"] for u in first["units"] if u["kind"] == kind}),
-            )
-            lines.append(f"| {count} {kind}s | {method} | {before:.1f} | {' | '.join(f'{ua:.1f}' for ua in after)} |")
+            count = len({unit["concept"] for unit in first["units"] if unit["kind"] == kind})
+            cells = [f"{groups[kind]['before']['mean']:.1f}"]
+            for report in reports.values():
+                units = [unit for unit in report["units"] if (unit["method"], unit["kind"]) == (method, kind)]
+                cells.append(f"{report['UA'][method][kind]['after']['mean']:.1f} ({_written(units):.1f})")
+            lines.append(f"| {count} {kind}s | {method} | {' | '.join(cells)} |")
     seeds, prompts = len({u["seed"] for u in first["units"]}), len(first["units"][0]["prompts"])
     budgets = "; ".join(
         f"{name}: {sum(u['pictures'] for u in report['units']) / sum(len(u['prompts']) for u in report['units']):.1f} "
@@ -120,6 +205,13 @@ def attack_table() -> str:
     )
     counted = f"{seeds} seed{'s' if seeds > 1 else ''}, {prompts} prompts a concept"
     return "\n".join([*lines, "", f"Percent, means over the concepts, {counted}; {budgets}; {_device(first)}."])
+
+
+def _written(units: Sequence[dict[str, Any]]) -> float:
+    """UA after an attack that counts for nothing where the text of its tokens does not read back as them."""
+    prompts = [prompt for unit in units for prompt in unit["prompts"]]
+    broken = [prompt["found_before"] or (prompt["found"] and prompt["writable"]) for prompt in prompts]
+    return 100 - 100 * sum(broken) / len(broken)
 
 
 def latents_table() -> str:
@@ -240,7 +332,7 @@ def train_step() -> str:
         return NOT_YET
     from plot import newest
     from results import read_csv
-    from train_step import StepRow, parts
+    from train_step import StepRow, phases
 
     rows = [row for row in newest(read_csv(TRAIN_STEP, StepRow)) if row.p50_us]
     lines = [
@@ -257,13 +349,16 @@ def train_step() -> str:
         lines.append(f"{size} | {ratios[0]} | {ratios[1]} | {peak} | {ratios[2]} | {working} | {ratios[3]} |")
     lines += [
         "",
-        "| M | N | ours | floor, ms | encode | loss | gradients | update |",
-        "|---|---|---|---|---|---|---|---|",
+        "| M | N | case | ours | floor, ms | step | encode | loss | gradients | update "
+        "| MB: encode | loss | gradients | update |",
+        "|---" * 14 + "|",
     ]
     for row in rows:
-        if row.encode_us:
-            times = " | ".join(map(_milliseconds, (row.floor_us or 0.0, *parts(row))))
-            lines.append(f"| {row.M} | {row.N} | {row.provider.removeprefix('ours ')} | {times} |")
+        if row.encode_bytes is not None:
+            times = " | ".join(map(_milliseconds, (row.floor_us or 0.0, row.p50_us, *phases(row))))
+            sizes = " | ".join(f"{size / 1e6:.3g}" for size in phases(row, "bytes"))
+            name = row.provider.removeprefix("ours ")
+            lines.append(f"| {row.M} | {row.N} | {row.variant} | {name} | {times} | {sizes} |")
     others = dict.fromkeys(f"{row.provider}: {row.differs}" for row in rows if row.differs)
     last = rows[-1]
     commits = ", ".join(dict.fromkeys(row.commit for row in rows))
@@ -345,7 +440,10 @@ FIGURES: dict[str, dict[str, Callable[[], str]]] = {
     "CHANGELOG.md": {"demo-backends": demo_backends},
     "docs/evaluation.md": {
         "erasure-table": erasure_table,
+        "settings-table": settings_table,
         "sequence-table": sequence_table,
+        "bars-table": bars_table,
+        "trials-table": trials_table,
         "pairs-table": pairs_table,
         "search-table": search_table,
         "latents-table": latents_table,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from saemnesia_fast.files import write_atomic
 
 if TYPE_CHECKING:
     from harness import Case
@@ -72,7 +75,7 @@ class Row:
 
     @classmethod
     def from_text(cls, line: dict[str, str]) -> Row:
-        return cls(**{field.name: _parse(str(field.type), line[field.name]) for field in fields(cls)})
+        return cls(**{field.name: _parse(str(field.type), line.get(field.name, "")) for field in fields(cls)})
 
 
 def types(one: Row | Case) -> str:
@@ -87,16 +90,18 @@ def _parse(kind: str, text: str) -> Any:
 
 
 def append_csv(rows: Iterable[Row], path: Path) -> None:
-    """Add rows, all of one kind, at the end of the file, which gets its header with the first ones."""
-    rows = list(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(rows[0] if rows else Row)])
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _rounded(value) for name, value in asdict(row).items()})
+    """Add rows, all of one kind, at the end of the file, whose columns become theirs."""
+    if rows := list(rows):
+        write_csv([*(read_csv(path, type(rows[0])) if path.exists() else []), *rows], path)
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """Write rows, all of one kind, and nothing else."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in fields(rows[0] if rows else Row)])
+    writer.writeheader()
+    writer.writerows(as_records(rows))
+    write_atomic(path, text.getvalue().encode())
 
 
 def read_csv(path: Path, kind: type[Row] = Row) -> list[Row]:

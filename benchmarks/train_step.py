@@ -5,26 +5,27 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness import FEWEST_ROUNDS, ROUNDS, Case, Work, compare, percentile
+from harness import FEWEST_ROUNDS, ROUNDS, Case, Work, compare, is_ours, percentile
 from results import Row, Stamp, aligned
 from train_step_exact import DEAD, num_dead, write_expected
-from train_step_peers import BASELINE, OURS, STATE_BYTES, package_version, peers
+from train_step_peers import BASELINE, OURS, PHASES, STATE_BYTES, package_version, peers
 from train_step_worker import serve
 
 SMALL = {"M": 64, "d": 64, "N": 512, "k": 8}
-PATIENCE = 400
+PATIENCE = 1800
 """Seconds until an answer that does not come counts as failed."""
 SLOW = 10
-"""Seconds of a step from which on two rounds must do."""
-LARGE = 2**26
-"""Pre-activations M * N from which on a CPU only the baseline, the best competitor and ours take part; so with AuxK."""
-FEW = (BASELINE, "eai-sparsify")
+"""Seconds of a step from which on two samples must do."""
+FEWEST_SAMPLES = 6
+"""Of a step that is not slow."""
+ONE_CARD = 2**20
+"""Latents at which only ours with the smaller moments take part: whether they train on one card."""
 REFERENCE_A_WEIGHT = 8
 """Bytes: float32 weights while they are drawn."""
 REFERENCE_BESIDE = 2e9
@@ -51,14 +52,20 @@ class StepRow(Row):
     loss_us: float | None = None
     gradients_us: float | None = None
     update_us: float | None = None
+    encode_bytes: int | None = None
+    """Most in use in this phase beyond what was before it; so the others."""
+    loss_bytes: int | None = None
+    gradients_bytes: int | None = None
+    update_bytes: int | None = None
 
 
 def cases(device: str, small: bool = False) -> list[Case]:
     if small:
         return [Case("train_step", **SMALL, variant=variant) for variant in ("", DEAD)]
-    sizes = [(1024, 20480), (4096, 20480), (1024, 131072)] + ([(4096, 131072)] if device == "cuda" else [])
-    plain = [Case("train_step", M=M, N=N) for M, N in sizes]
-    return [plain[0], replace(plain[0], variant=DEAD), *plain[1:]]
+    sizes = [(4096, 20480), (1024, 20480), (1024, 131072), (4096, 131072)]
+    first, second, *more = [Case("train_step", M=M, N=N) for M, N in sizes]
+    largest = [replace(first, N=ONE_CARD)] if device == "cuda" else []
+    return [first, second, replace(second, variant=DEAD), *more, *largest]
 
 
 def work(case: Case) -> Work:
@@ -71,9 +78,7 @@ def work(case: Case) -> Work:
 
 
 def competitors(case: Case, device: str) -> list[str]:
-    names = list(peers(device))
-    large = device == "cpu" and (case.M * case.N >= LARGE or case.variant == DEAD)
-    return [name for name in names if name in FEW or name.startswith(f"ours {device}")] if large else names
+    return [name for name in peers(device) if case.N < ONE_CARD or name.endswith("moments")]
 
 
 class Worker:
@@ -128,11 +133,11 @@ class Worker:
 
 def measure(
     case: Case, device: str, names: Sequence[str], seconds: float, floor_us: float, stamp: Stamp
-) -> list[StepRow]:
-    """A row for each competitor; each is timed for about `seconds`.
+) -> Iterator[list[StepRow]]:
+    """A row for each competitor so far; each is timed for about `seconds`.
 
     They take turns, another one first in each round, unless they do not fit into the memory together: then each has
-    all its turns at once, which the row's `timing` tells.
+    all its turns at once, which the row's `timing` tells, and the rows are given after each.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "expected.pt"
@@ -144,10 +149,11 @@ def measure(
         if status:
             row = StepRow.of(stamp, case, "all", floor_us)
             row.status = status
-            return [row]
+            yield [row]
+            return
         needed = {name: entered[name].bytes_needed(case) for name in names}
         together = sum(needed.values()) <= free
-        rows = []
+        rows: list[StepRow] = []
         for group in [names] if together else [[name] for name in names]:
             with ExitStack() as stack:
                 workers = []
@@ -157,8 +163,7 @@ def measure(
                         stack.callback(workers[-1].close)
                 _take_turns(workers, path, seconds)
                 rows += [_row(worker, case, device, together, floor_us, stamp) for worker in workers]
-    compare(rows, BASELINE)
-    return weigh(rows)
+            yield weigh(compare([*rows], BASELINE))
 
 
 def weigh(rows: list[StepRow]) -> list[StepRow]:
@@ -184,10 +189,12 @@ def _take_turns(workers: Sequence[Worker], path: Path, seconds: float) -> None:
     for turn in range(rounds):
         first = turn % max(1, len(ready))
         for worker in [*ready[first:], *ready[:first]]:
-            worker.sample(max(1, int(1e6 * seconds / rounds / worker.found["estimate_us"])))
+            estimate = worker.found["estimate_us"] / 1e6
+            fewest = 1 if estimate >= SLOW else -(-FEWEST_SAMPLES // rounds)
+            worker.sample(max(fewest, int(seconds / rounds / estimate)))
     for worker in ready:
-        if any(worker.name in names for names in OURS.values()) and not worker.status and worker.case.variant != DEAD:
-            worker.found |= {f"{name}_us": us for name, us in (worker.ask("phases") or {}).items()}
+        if is_ours(worker.name) and not worker.status:
+            worker.found |= worker.ask("phases") or {}
 
 
 def _row(worker: Worker, case: Case, device: str, together: bool, floor_us: float, stamp: Stamp) -> StepRow:
@@ -244,13 +251,15 @@ COLUMNS = {
     "loss error": lambda row: "" if row.error is None else f"{row.error:.1g}",
     "update error": lambda row: "" if row.update_error is None else f"{row.update_error:.1g}",
     "encode, loss, gradients, update ms": lambda row: (
-        "" if row.encode_us is None else ", ".join(f"{us / 1e3:.4g}" for us in parts(row))
+        "" if row.encode_us is None else ", ".join(f"{us / 1e3:.4g}" for us in phases(row))
     ),
+    "MB": lambda row: "" if row.encode_us is None else ", ".join(f"{size / 1e6:.0f}" for size in phases(row, "bytes")),
 }
 
 
-def parts(row: StepRow) -> tuple[float | None, ...]:
-    return row.encode_us, row.loss_us, row.gradients_us, row.update_us
+def phases(row: StepRow, of: str = "us") -> list[Any]:
+    """What a row says "us" or "bytes" of each phase."""
+    return [getattr(row, f"{name}_{of}") for name in PHASES]
 
 
 def table(rows: Iterable[StepRow]) -> str:

@@ -24,8 +24,6 @@ BLOCK = 2**23
 """Pre-activations at a time."""
 PAIRS = 2**15
 """Rows of W_dec that are gathered at a time."""
-BAND = 1e-4
-"""Two activations that differ by less, relatively, may change places in float32."""
 
 
 class Expected(NamedTuple):
@@ -35,8 +33,8 @@ class Expected(NamedTuple):
     """By formula."""
     weights: Weights
     """The new ones, float64, at `checked_rows`; without the rest of W_enc, b_enc and W_dec."""
-    sure: Tensor
-    """[rows] bool: whether float32 keeps the checked latent on the same tokens."""
+    margins: Tensor
+    """[rows]: by how much, relatively, the checked latent is among a token's k largest or not, at least."""
     dead: Tensor | None
     """[N] bool."""
 
@@ -124,8 +122,8 @@ def expected(case: Case, device: str, formulas: set[str]) -> Expected:
         weight.grad = gradient
     step.apply_gradient()
     weights = Weights(*(weight.detach() for weight in step.weights))
-    sure = ~torch.isin(rows, doubtful(candidates))
-    return Expected({name: float(loss) for name, loss in losses.items()}, weights, sure, dead)
+    found = {name: float(loss) for name, loss in losses.items()}
+    return Expected(found, weights, margins(candidates, case.N)[rows], dead)
 
 
 def blocks(num_latents: int, num_tokens: int) -> Iterator[slice]:
@@ -155,11 +153,13 @@ def largest(own: Weights, x: Tensor, count: int, among: Tensor | None = None, sh
     return Pairs(values, numbers // num_latents, numbers % num_latents)
 
 
-def doubtful(candidates: Pairs) -> Tensor:
-    """The latents of which float32 may keep others, for the k + 1 largest of each token."""
-    values, last = candidates.values[:, :-1], candidates.values[:, -1:]
-    near = values - last < BAND * last
-    return candidates.latents[torch.cat([near, near.any(1, keepdim=True)], 1)]
+def margins(candidates: Pairs, num_latents: int) -> Tensor:
+    """[N]: see `Expected`, for the k + 1 largest of each token; inf for a latent that is among none's."""
+    last = candidates.values[:, -1:]
+    above = torch.where(last > 0, candidates.values / last - 1, torch.inf)
+    above[:, -1] = above[:, -2]
+    least = above.new_full((num_latents,), torch.inf)
+    return least.scatter_reduce(0, candidates.latents.flatten(), above.flatten(), "amin")
 
 
 def sum_directions(own: Weights, pairs: Pairs, num_tokens: int) -> Tensor:

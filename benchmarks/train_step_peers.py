@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,8 +20,12 @@ from saemnesia_fast import ops
 from train_step_dense import ALPHA, DEAD_AFTER, Plain, Setting, first_counts, released_loss
 
 LOSS_LIMIT = 1e-4
+BAND, HALF_BAND = 1e-4, 2e-3
+"""Two activations that differ by less, relatively, may change places in float32, in 16 bits."""
 STEPS = 1_000_000
 STEPS_A_LOG = 10
+PHASES = ("encode", "loss", "gradients", "update")
+"""Of our steps, see `marked`."""
 STATE_BYTES = 12
 """Of a float32 weight and its moments."""
 BESIDE_STATE_BYTES = 16
@@ -49,6 +55,7 @@ class Peer:
     differs: str = ""
     """Where its recipe is another, how: its new weights are not checked then, its loss is."""
     loss_limit: float = LOSS_LIMIT
+    band: float = BAND
     state_bytes: int = STATE_BYTES
     """Of a weight and its moments."""
     pre_activation_bytes: int = PRE_ACTIVATION_BYTES
@@ -212,6 +219,13 @@ def peers(device: str) -> dict[str, Peer]:
         start = partial(Ours, backend=backend, needed=name.removeprefix("ours "))
         entered[name] = Peer(start, pre_activation_bytes=0)
     ours = partial(Ours, backend=OURS[device][f"ours {device}"], needed=device)
+    entered[f"ours {device}, float16 products"] = Peer(
+        partial(ours, compute_dtype="float16"),
+        loss_limit=HALF_TOLERANCE,
+        band=HALF_BAND,
+        state_bytes=13,
+        pre_activation_bytes=0,
+    )
     entered[f"ours {device}, bfloat16 moments"] = Peer(
         partial(ours, moments="bfloat16"),
         differs="moments rounded to bfloat16",
@@ -237,36 +251,27 @@ def package_version(peer: Peer) -> str:
         return ""
 
 
-def phases(own: Weights, x: Tensor, k: int) -> dict[str, Callable[[], Any]]:
-    """The parts of our step on the present backend, without AuxK, each on what those before it made."""
-    W_enc, b_enc, b_dec, W_dec = own
-    values, indices = ops.encode_topk(x, W_enc, b_enc, b_dec, k)
+@contextmanager
+def marked(step: Step, mark: Callable[[], None]) -> Iterator[None]:
+    """Our steps call `mark` between two of their `PHASES`, other people's never. AuxK belongs to the loss."""
+    if not isinstance(step, Ours):
+        yield
+        return
+    from saemnesia_fast.training import step as module
 
-    def loss() -> tuple[Tensor, Tensor]:
-        variance = (x - x.mean(0)).square().sum()
-        grad, squares = ops.decode_error(values, indices, W_dec, b_dec, x, -2 / variance)
-        return grad, squares.sum() / variance
+    adam = step.trainer._adam
+    encode, collect = module.encode, adam.collect
 
-    grad, _ = loss()
+    def encoded(*given: Any) -> Any:
+        found = encode(*given)
+        mark()
+        return found
 
-    def gradients() -> ops.SparseGradients:
-        return ops.sparse_gradients([ops.PairTerms(values, indices, grad)], x, W_dec, b_dec)
+    def collected(*given: Any) -> Any:
+        mark()
+        found = collect(*given)
+        mark()
+        return found
 
-    sparse = gradients()
-    moments = ops.LatentMoments(*(torch.zeros_like(W_enc) for _ in range(4)))
-    of_biases = [(bias, torch.zeros_like(bias), torch.zeros_like(bias)) for bias in (b_enc, b_dec)]
-
-    def update() -> None:
-        db_dec = grad.sum(0) - sparse.db_enc @ W_enc
-        norm = (sparse.squared_norm + sparse.db_enc.square().sum() + db_dec.square().sum()).sqrt()
-        scale = (1 / norm).clamp(max=1)
-        ops.adam_latents(sparse, W_enc, W_dec, moments, 1, 1e-7, scale=scale)
-        for (bias, *both), gradient in zip(of_biases, (sparse.db_enc, db_dec), strict=True):
-            ops.adam_rows(bias, gradient, *both, 1, 1e-7, scale=scale)
-
-    return {
-        "encode": lambda: ops.encode_topk(x, W_enc, b_enc, b_dec, k),
-        "loss": loss,
-        "gradients": gradients,
-        "update": update,
-    }
+    with patch.object(module, "encode", encoded), patch.object(adam, "collect", collected):
+        yield

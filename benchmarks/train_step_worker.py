@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import time
 from contextlib import suppress
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import Absent, Case, Clock, clock_for
+from harness import Absent, Case, Clock, clock_for, percentile
 from providers import HALF_TOLERANCE
-from saemnesia_fast import ops
 from train_step_dense import Setting
 from train_step_exact import LR, Expected, at_rows, checked_rows, fresh_weights, tokens
-from train_step_peers import OURS, Peer, Step, peers, phases
+from train_step_peers import PHASES, Peer, Step, marked, peers
 
 STILL = 1e-9
 """The learning rate while time is taken: weights that stay keep the same latents dead and the same work to do."""
@@ -25,7 +26,6 @@ UPDATE_LIMIT = 2e-2
 """Of the mean update: where an element's gradient is rounding alone, Adam's first step goes all the way too."""
 ROW_LIMIT = 0.3
 """Of a latent's own update, in units of the rate: Adam's first step moves each element by it, up or down."""
-PHASE_SAMPLES = 5
 
 
 class Memory:
@@ -64,6 +64,29 @@ def _status(name: str) -> int:
     raise Absent(f"{name} is not told here")
 
 
+class Marks:
+    """When each of some steps began, passed from a phase to the next, and ended."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        self.steps: list[list[Any]] = []
+
+    def __call__(self) -> None:
+        if self.on_gpu:
+            now: Any = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter_ns()
+        self.steps[-1].append(now)
+
+    def laps(self) -> list[list[float]]:
+        """Microseconds between the marks of each step; a GPU is done with them."""
+        return [[self._between(*pair) for pair in pairwise(step)] for step in self.steps]
+
+    def _between(self, start: Any, end: Any) -> float:
+        return 1e3 * start.elapsed_time(end) if self.on_gpu else (end - start) / 1e3
+
+
 class Runner:
     """A competitor at a case."""
 
@@ -73,6 +96,7 @@ class Runner:
         self.clock: Clock = clock_for(device)
         self.x = tokens(case, device)
         self.step: Step | None = None
+        self.laps: list[list[float]] = []
         self.memory = Memory(device)
 
     def check(self, exact: Expected) -> dict[str, Any]:
@@ -88,10 +112,11 @@ class Runner:
             update_error = max(map(_update_error, new, exact.weights, old))
             if not update_error <= UPDATE_LIMIT:
                 raise ValueError(f"error of the update {update_error:.2g} above {UPDATE_LIMIT:.2g}")
+            sure = exact.margins >= self.peer.band
             for name in ("W_enc", "W_dec"):
-                errors = (getattr(new, name) - getattr(exact.weights, name)).abs().mean(1)[exact.sure] / LR
+                errors = (getattr(new, name) - getattr(exact.weights, name)).abs().mean(1)[sure] / LR
                 if not errors.max() <= ROW_LIMIT:
-                    latent = int(rows[exact.sure][errors.argmax()])
+                    latent = int(rows[sure][errors.argmax()])
                     raise ValueError(f"error of the update of {name}[{latent}] {errors.max():.2g} above {ROW_LIMIT}")
         return {"error": error, "update_error": update_error}
 
@@ -103,7 +128,7 @@ class Runner:
         return error
 
     def prepare(self, path: Path) -> dict[str, Any]:
-        """Check against what is `Expected`, start anew, and take the first step; its microseconds are the estimate."""
+        """Check against what is `Expected`, start anew, and take two steps, the second of which is the estimate."""
         exact = Expected.load(path, self.device)
         found = self.check(exact)
         self.memory.before()
@@ -113,31 +138,45 @@ class Runner:
         if self.device == "cuda":
             torch.set_float32_matmul_precision("high")
         losses: list[float] = []
-        (estimate,) = self.clock.samples(lambda: losses.append(float(self.step(self.x))), 1)
+        estimate = self.clock.samples(lambda: losses.append(float(self.step(self.x))), 2)[-1]
         self._check_loss(losses[0], exact, HALF_TOLERANCE)
         return found | {"estimate_us": estimate}
 
     def samples(self, count: int) -> dict[str, Any]:
         """Microseconds of `count` steps, and the most bytes in use in any step so far."""
-        taken = self.clock.samples(self._call, count)
+        marks = Marks(self.device)
+
+        def call() -> None:
+            marks.steps.append([])
+            marks()
+            self.step(self.x)
+            marks()
+
+        with marked(self.step, marks):
+            taken = self.clock.samples(call, count)
+        self.laps += marks.laps()
         answer = {"taken": taken, "peak_bytes": self.memory.peak()}
         if self.device == "cuda":
             torch.cuda.empty_cache()
         return answer
 
     def phases(self) -> dict[str, float]:
-        """Median microseconds of each part of our step; the step itself is over."""
-        self.step = None
-        own = fresh_weights(self.case, self.device)
-        with ops.use_backend(OURS[self.device][self.name]):
-            parts = phases(own, self.x, self.case.k)
-            return {
-                name: sorted(self.clock.samples(call, PHASE_SAMPLES))[PHASE_SAMPLES // 2]
-                for name, call in parts.items()
-            }
+        """Of each phase of our steps so far the median microseconds; of one step more the most bytes that it adds."""
+        taken = zip(*self.laps, strict=True)
+        found = {f"{name}_us": percentile(laps, 50) for name, laps in zip(PHASES, taken, strict=True)}
+        peaks: list[int] = []
 
-    def _call(self) -> Any:
-        return self.step(self.x)
+        def pass_on() -> None:
+            peaks.append(self.memory.peak())
+            self.memory.before()
+            self.memory.start()
+
+        self.memory.before()
+        self.memory.start()
+        with marked(self.step, pass_on):
+            self.step(self.x)
+        pass_on()
+        return found | {f"{name}_bytes": peak for name, peak in zip(PHASES, peaks, strict=True)}
 
 
 def _update_error(new: Tensor, exact: Tensor, old: Tensor) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import runpy
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -197,7 +199,7 @@ def test_block_layout_is_a_strided_view_of_the_same_tokens(small: harness.Case) 
     assert torch.equal(block.flatten(0, 2), x)
 
 
-@pytest.mark.parametrize("name", ["encode_topk", "decode", "decode_error", "erase", "probe"])
+@pytest.mark.parametrize("name", [name for name in OPS if name not in ("unet", "hooks")])
 def test_every_provider_passes_its_gate_at_a_small_size(name: str) -> None:
     """Each op's own contest, on the CPU, without what has to be compiled first; also with weights of another dtype."""
     op = import_module(name)
@@ -301,6 +303,14 @@ def test_dry_run_shows_the_budgets_where_there_are_some(tmp_path: Path, monkeypa
     ]
 
 
+def test_the_gpu_command_knows_every_part() -> None:
+    command = runpy.run_path(str(BENCHMARKS / "__main__.py"))
+    every = command["PARTS"]
+    assert sorted(every) == sorted(("build", "tests", "tune", "ceilings", *command["OPS"], *command["STEPS"]))
+    parse = command["parser"]().parse_args
+    assert parse(["gpu"]).parts == every and parse(["gpu", "--parts", "tune", "unet"]).parts == ["tune", "unet"]
+
+
 def test_without_a_gpu_the_command_says_so_and_fails(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(OPS, None, 1.0) == 2
@@ -316,6 +326,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu.Session:
 
 def test_a_part_that_crashes_or_hangs_costs_only_itself(session: gpu.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpu.LIMITS, "hangs", 6)
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
     session.part("crashes", [sys.executable, "-c", "import os; print('so far', flush=True); os.abort()"])
     session.part("hangs", ["sh", "-c", "echo so far; sleep 60 & sleep 60"])
     session.part("works", [sys.executable, "-c", "print('all')"])
@@ -325,16 +336,46 @@ def test_a_part_that_crashes_or_hangs_costs_only_itself(session: gpu.Session, mo
     assert parts["crashes"]["status"].startswith("failed: exit status") and "so far" in parts["crashes"]["output"]
     assert parts["hangs"]["status"] == "failed: longer than 6 s" and "so far" in parts["hangs"]["output"]
     assert parts["works"]["status"] == "ok" and parts["late"]["status"] == "left out: no time"
+    assert session.log.read_text().count("so far\n") == 2 and "all\n" in session.log.read_text()
+
+
+SLOW_TESTS = """
+import time, pytest
+@pytest.mark.gpu
+def test_wrong(): assert 1 == 2, "one is not two"
+@pytest.mark.gpu
+def test_endless(): time.sleep(100)
+"""
+
+
+def test_gpu_tests_that_take_too_long_say_what_failed(
+    session: gpu.Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that cannot be imported stops no other."""
+    monkeypatch.setitem(gpu.LIMITS, "tests", 15)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    (tmp_path / "test_slow.py").write_text(SLOW_TESTS)
+    (tmp_path / "test_broken.py").write_text("import no_such_module")
+    files = [tmp_path / "test_slow.py", tmp_path / "test_broken.py"]
+    config = ["-c", tmp_path / "pytest.ini", "-o", "markers=gpu"]
+    done = session.part("tests", [sys.executable, "-m", "pytest", *config, *gpu.pytest_arguments(), *files])
+    assert done["status"] == "failed: longer than 15 s"
+    last = done["output"][-2000:]
+    assert "ERROR" in last and "No module named 'no_such_module'" in last
+    assert "FAILED" in last and "one is not two" in last
 
 
 def test_the_record_holds_every_part_and_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command's own course, with processes that answer at once; the second op crashes."""
-    rows, order = results.as_records(run(provider("eager", 2.0, 100.0)).values()), []
+    rows, written = results.as_records(run(provider("eager", 2.0, 100.0)).values()), []
+    path = tmp_path / "gpu-a-machine-2026-01-01.json"
 
-    def answer(command: list[str], environment: dict[str, str], limit: float) -> dict[str, object]:
-        order.append(command[2] if command[2] != "ops" else command[3])
+    def answer(command: list[str], environment: dict[str, str], limit: float, log: Path) -> dict[str, object]:
+        written.append(list(json.loads(path.read_text())["parts"]) if path.exists() else [])
+        assert environment["PYTHONPATH"].endswith("wheels")
+        assert "setup.py" in command or environment["PYTHONPATH"].endswith(f"tree{os.pathsep}wheels")
         if "ceilings" in command:
             Path(command[-1]).write_text(json.dumps({"bandwidth": 3e12, "flops": {"float16": 6e14}}))
         elif "tune" in command:
@@ -348,18 +389,21 @@ def test_the_record_holds_every_part_and_every_row(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu, "describe", lambda device: STAMP)
+    monkeypatch.setattr(gpu, "describe", lambda device: dataclasses.replace(STAMP, commit="unknown"))
     monkeypatch.setattr(gpu, "_run", answer)
-    assert gpu.main(("encode_topk", "decode", "erase"), tmp_path, minutes=1) == 1
-    record = json.loads((tmp_path / "gpu-a-machine-2026-01-01.json").read_text())
-    assert record["commit"] == "abc" and record["ceilings"]["bandwidth"] == 3e12 and record["capability"] == [9, 0]
+    monkeypatch.setenv("PYTHONPATH", "wheels")
+    parts = ["build", "tests", "tune", "ceilings", "encode_topk", "decode", "train_step", "erase"]
+    assert gpu.main(parts, tmp_path, 1, steps=["train_step"]) == 1
+    record = json.loads(path.read_text())
+    assert record["commit"] == "unknown" and record["ceilings"]["bandwidth"] == 3e12 and record["capability"] == [9, 0]
     statuses = {name: part["status"] for name, part in record["parts"].items()}
-    assert list(statuses) == ["build", "tests", "tune", "ceilings", "encode_topk", "decode", "erase"]
-    assert order == ["pip", "pytest", "tune", "ceilings", "encode_topk", "decode", "erase"]
+    assert list(statuses) == ["build", "load", *parts[1:]]
+    assert written == [list(statuses)[:done] for done in range(len(statuses))]
     assert record["tuning"]["tiles"]["float16"]["probe"] == [64, 16, 64, 4, 6]
     assert statuses["decode"].startswith("failed") and statuses["erase"] == "ok"
-    assert record["rows"] == rows * 2
-    assert "gpu-a-machine-2026-01-01.json" in capsys.readouterr().out
+    assert record["rows"] == rows * 2 and record["train_step"] == rows
+    shown = capsys.readouterr().out
+    assert path.name in shown and "COMMIT" in shown
 
 
 class FakeCanvas:

@@ -6,7 +6,6 @@ encoder no gradient of AuxK and multi-TopK, and one through kept zeros.
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from providers import _import_alone
+from peers import peer
 from saemnesia_fast import ops
 from saemnesia_fast.ops import LatentGradients, PairTerms
 from saemnesia_fast.sae import TopKSAE
@@ -188,7 +187,7 @@ def first_moments(sae: TopKSAE, gradient: Any) -> list[Tensor]:
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_trainers_step_equals_dense_autograd(case: Case, micro_batches: int) -> None:
-    """Its losses are over the variance; supervised terms, which it does not have yet, go the same way as pairs."""
+    """Its losses are over the variance; supervised terms go as pairs here; test_supervised_loss has its own."""
     W_enc, b_enc, W_dec, b_dec = (parameter.detach() for parameter in parameters(case))
     x, weights = tokens(), (W_enc, b_enc, W_dec, b_dec)
     sae = TopKSAE.init(D, N, case.k, dtype=torch.float64, normalize_decoder=False).requires_grad_(False)
@@ -290,9 +289,7 @@ def test_backward_can_be_compiled() -> None:
 @pytest.fixture(scope="module")
 def fused_encoder() -> Callable[..., Any]:
     """eai-sparsify's encoder with its own autograd."""
-    if find_spec("sparsify") is None:
-        pytest.skip("eai-sparsify is not installed")
-    return _import_alone("sparsify.fused_encoder").fused_encoder
+    return peer("sparsify.fused_encoder").fused_encoder
 
 
 def sparsify_gradients(case: Case, fused_encoder: Callable[..., Any]) -> list[Tensor]:

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -342,18 +344,40 @@ def rank_command(words: list[str]) -> list[str]:
     return records
 
 
-def test_the_command_trains_under_torchrun(tmp_path):
-    """Two SAEs on 2 x 2 ranks, of which the first alone logs, are those of one process."""
+def train_command(folder: Path) -> list[str]:
+    """What trains on a small store in `folder`."""
     activations = torch.stack(list(islice(Tokens(), 1, 8))).half()
-    save_tensors(tmp_path / "activations/block/00000.safetensors", {"activations": activations})
+    save_tensors(folder / "activations/block/00000.safetensors", {"activations": activations})
     shard = {"file": "block/00000.safetensors", "prompts": 1, "tokens": activations[..., 0].numel()}
     index = {"finished": True, "hook_points": {"block": {"d": D, "shards": [shard]}}}
-    write_json(tmp_path / "activations/index.json", index)
-    command = ["train", "--activations", str(tmp_path / "activations"), "--hook-point", "block", "--device", "cpu"]
-    command += ["--num-latents", str(N), "--k", str(K), "--more-k", "2", "--batch-size", "24", "--no-progress"]
+    write_json(folder / "activations/index.json", index)
+    words = ["train", "--activations", str(folder / "activations"), "--hook-point", "block", "--device", "cpu"]
+    return [*words, "--k", str(K), "--batch-size", "24", "--no-progress"]
+
+
+def assert_same_saes(folder: Path, others: Path) -> None:
+    saes = [TopKSAE.from_pretrained(path, subfolder="block") for path in (folder, others)]
+    torch.testing.assert_close(*(sae.state_dict() for sae in saes), rtol=0, atol=1e-6)
+
+
+def test_the_command_trains_on_ranks(tmp_path):
+    """Two SAEs on 2 x 2 ranks, of which the first alone logs, are those of one process."""
+    command = [*train_command(tmp_path), "--num-latents", str(N), "--more-k", "2"]
     several = run_on_ranks(4, rank_command, [*command, "--latent-ranks", "2", "--out-dir", str(tmp_path / "ranks")])
     (alone,) = run_on_ranks(1, rank_command, [*command, "--out-dir", str(tmp_path / "alone")])
     assert several == [[line.replace("alone", "ranks") for line in alone], [], [], []]
     for k in (K, 2):
-        saes = [TopKSAE.from_pretrained(tmp_path / run / f"k{k}", subfolder="block") for run in ("ranks", "alone")]
-        torch.testing.assert_close(*(sae.state_dict() for sae in saes), rtol=0, atol=1e-6)
+        assert_same_saes(tmp_path / f"ranks/k{k}", tmp_path / f"alone/k{k}")
+
+
+def test_torchrun_starts_the_command(tmp_path):
+    """Two processes of its own train SAEs of two sizes as this one does."""
+    command = [*train_command(tmp_path), "--expansion-factor", "4", "--more-expansion-factors", "2"]
+    python = [sys.executable, "-P", "-m"]
+    torchrun = [*python, "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    started = [*torchrun, "--no-python", *python, "saemnesia_fast", *command, "--out-dir", str(tmp_path / "ranks")]
+    ran = subprocess.run(started, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    main([*command, "--out-dir", str(tmp_path / "alone")])
+    for factor in (4, 2):
+        assert_same_saes(tmp_path / f"ranks/x{factor}", tmp_path / f"alone/x{factor}")

@@ -36,6 +36,8 @@ class Train(TrainConfig):
     """Further blocks, for each an SAE from the same prompts; with --model their maps must be of one size."""
     more_k: tuple[int, ...] = ()
     """Further numbers of latents per token, for each an SAE on the same tokens, then all in folders k<k> of out_dir."""
+    more_expansion_factors: tuple[int, ...] = ()
+    """Further N / d, for each an SAE on the same tokens, then all in folders x<N / d>, within those of k."""
     activations: Path | None = None
     """Folder that `collect` wrote."""
     model: str | None = None
@@ -57,17 +59,25 @@ class Train(TrainConfig):
     """Under torchrun: how many processes share the latents. Groups of so many share the tokens of each batch."""
 
     def run(self) -> None:
+        if self.more_expansion_factors and self.num_latents is not None:
+            raise ValueError(f"more_expansion_factors: expected none beside num_latents={self.num_latents}")
         with connect(self.latent_ranks, self.device) as layout:
             self.device = layout.device or self.device
             names = (self.hook_point, *self.more_hook_points)
             runs = [
-                replace(self, hook_point=name, k=k, out_dir=self.out_dir / f"k{k}" if self.more_k else self.out_dir)
+                replace(self, hook_point=name, k=k, expansion_factor=factor, out_dir=self._folder(k, factor))
                 for name in names
                 for k in (self.k, *self.more_k)
+                for factor in (self.expansion_factor, *self.more_expansion_factors)
             ]
             train_saes(runs, self._data(), layout)
             for config in runs:
                 logger.info("wrote the SAE to %s", config.out_dir / config.hook_point)
+
+    def _folder(self, k: int, factor: int) -> Path:
+        """Of the SAEs with k latents per token and N / d = factor."""
+        parts = [f"k{k}"] * bool(self.more_k) + [f"x{factor}"] * bool(self.more_expansion_factors)
+        return self.out_dir.joinpath(*parts)
 
     def _data(self) -> TokenBatches:
         size = {"batch_size": self.batch_size, "buffer_tokens": self.buffer_tokens}
