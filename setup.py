@@ -58,6 +58,14 @@ def cuda_toolkit() -> Path | None:
     return found
 
 
+def cuda_libraries() -> list[str]:
+    """What `_C_cuda` is linked with; where torch has no CUDA, its name of torch's stream stays open."""
+    import torch
+
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    return [*(["torch_cuda"] if library.exists() else []), "cudart_static", "dl", "pthread", "rt"]
+
+
 def extension() -> dict[str, object]:
     """Arguments of `setup` that build `_C` and `_C_cuda`; none where they are not wanted or cannot be built."""
     if os.environ.get("SAEMNESIA_FAST_BUILD") == "0":
@@ -129,7 +137,7 @@ def extension() -> dict[str, object]:
                 sorted(glob("csrc/cuda/*.cpp")),
                 include_dirs=[pybind11.get_include(), str(toolkit / "include")],
                 library_dirs=[str(toolkit / "lib64")],
-                libraries=["cudart_static", "dl", "pthread", "rt"],
+                libraries=cuda_libraries(),
                 define_macros=[
                     *MACROS,
                     ("USE_CUDA", None),

@@ -8,6 +8,7 @@
 namespace py = pybind11;
 namespace sf = saemnesia_fast;
 
+#undef errno  // a flag names it
 #define STRING_OF(...) #__VA_ARGS__
 #define STRING(...) STRING_OF(__VA_ARGS__)
 

@@ -9,6 +9,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -352,14 +353,27 @@ def test_gpu_tests_that_take_too_long_say_what_failed(
     session: gpu.Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that cannot be imported stops no other."""
-    monkeypatch.setitem(gpu.LIMITS, "tests", 15)
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+    class Process(subprocess.Popen):
+        """Its time is up when a test has failed."""
+
+        def wait(self, timeout=None):
+            while timeout == 50 and self.poll() is None:
+                if "FAILED" in session.log.read_text():
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                time.sleep(0.1)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Process)
+    monkeypatch.setitem(gpu.LIMITS, "tests", 50)
+    monkeypatch.setattr(gpu, "GRACE", 60)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu")
     (tmp_path / "test_slow.py").write_text(SLOW_TESTS)
     (tmp_path / "test_broken.py").write_text("import no_such_module")
     files = [tmp_path / "test_slow.py", tmp_path / "test_broken.py"]
-    config = ["-c", tmp_path / "pytest.ini", "-o", "markers=gpu"]
-    done = session.part("tests", [sys.executable, "-m", "pytest", *config, *gpu.pytest_arguments(), *files])
-    assert done["status"] == "failed: longer than 15 s"
+    command = [sys.executable, "-m", "pytest", "-c", tmp_path / "pytest.ini", *gpu.pytest_arguments(), *files]
+    done = session.part("tests", command, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert done["status"] == "failed: longer than 50 s"
     last = done["output"][-2000:]
     assert "ERROR" in last and "No module named 'no_such_module'" in last
     assert "FAILED" in last and "one is not two" in last

@@ -260,16 +260,18 @@ def test_commands_collect_then_train(pipe, tmp_path, capsys):
     sampled = ["num-inference-steps", "2", "prompts-per-call", "2", "height", "64", "width", "64"]
     plain = [f"--{word}" if word[0].isalpha() else word for word in sampled]
     main(["collect", *source, *plain, "--hook-points", *HOOK_POINTS, "--out-dir", str(tmp_path / "activations")])
-    recipe = ["--hook-point", HOOK_POINTS[0], "--batch-size", "32", "--num-latents", "128", "--k", "4", "--no-progress"]
+    recipe = ["--hook-point", HOOK_POINTS[0], "--batch-size", "32", "--expansion-factor", "2", "--k", "4"]
+    recipe += ["--no-progress"]
     shards = ["--activations", str(tmp_path / "activations"), "--device", "cpu"]
     main(["train", *shards, *recipe, "--out-dir", str(tmp_path / "shards")])
     nested = [word.replace("--", "--sampling.") for word in plain]
     live = [*source, *nested, "--steps", "3", "--buffer-tokens", "64"]
     main(["train", *live, *recipe, "--out-dir", str(tmp_path / "live")])
-    several = ["--more-hook-points", HOOK_POINTS[1], "--more-k", "2"]
+    several = ["--more-hook-points", HOOK_POINTS[1], "--more-k", "2", "--more-expansion-factors", "1"]
     main(["train", *shards, *recipe, *several, "--out-dir", str(tmp_path / "several")])
-    for name, k in product(HOOK_POINTS, (4, 2)):
-        assert TopKSAE.from_pretrained(tmp_path / f"several/k{k}", subfolder=name).k == k
+    for name, k, factor in product(HOOK_POINTS, (4, 2), (2, 1)):
+        sae = TopKSAE.from_pretrained(tmp_path / f"several/k{k}/x{factor}", subfolder=name)
+        assert (sae.num_latents, sae.k) == (factor * sae.d, k)
     for run in ("shards", "live"):
         sae = TopKSAE.from_pretrained(tmp_path / run, subfolder=HOOK_POINTS[0])
         assert (sae.d, sae.num_latents, sae.k) == (64, 128, 4)
@@ -278,3 +280,6 @@ def test_commands_collect_then_train(pipe, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["train", *recipe, "--out-dir", str(tmp_path / "none")])
     assert "expected either --activations, or --model with --prompts" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", *shards, *recipe, *several, "--num-latents", "9", "--out-dir", str(tmp_path / "none")])
+    assert "more_expansion_factors: expected none beside num_latents=9" in capsys.readouterr().err

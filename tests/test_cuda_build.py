@@ -6,7 +6,11 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from pairs import call, random_terms
 from saemnesia_fast import ops
 from saemnesia_fast.ops import LatentGradients, backend, cpu_backend, cuda_backend, reference
 from saemnesia_fast.ops.backend import Refusal
+from triton_cases import assert_no_worse
 from weights import random_tokens, random_weights, same_bits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,22 +43,43 @@ def setup() -> dict[str, Any]:
         return runpy.run_path("setup.py")
 
 
+@pytest.fixture(scope="module")
+def compiled(setup: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """The object file of a source of csrc/cuda, and what the compiler says of it."""
+    nvcc = [NVCC, *setup["nvcc_flags"](), "--threads=0", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra"]
+    nvcc += ["-Xptxas=-v"]
+    macros = [*setup["MACROS"], ("USE_CUDA", None), ("SAEMNESIA_FAST_ARCHITECTURES", "80,90")]
+    folders = [Path(torch.__file__).parent / "include", TOOLKIT / "include", sysconfig.get_path("include")]
+    gcc = ["g++", *setup["FLAGS"], "-fPIC", "-Wall", "-Werror", *(f"-I{folder}" for folder in folders)]
+    gcc += [f"-D{name}{'' if value is None else '=' + value}" for name, value in macros]
+    if find_spec("pybind11"):
+        gcc += [f"-I{import_module('pybind11').get_include()}"]
+    folder = tmp_path_factory.mktemp("objects")
+
+    @cache
+    def compile_source(name: str) -> tuple[Path, str]:
+        compiler = nvcc if name.endswith(".cu") else gcc
+        command = [*compiler, "-c", ROOT / "csrc" / "cuda" / name, "-o", folder / f"{name}.o"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return folder / f"{name}.o", done.stderr
+
+    return compile_source
+
+
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["latent_gradients", "adam_rows"])
+@pytest.mark.parametrize("source", ["latent_gradients.cu", "adam_rows.cu"])
 def test_compiles_for_every_architecture_without_warning_or_spill(
-    setup: dict[str, Any], source: str, tmp_path: Path
+    setup: dict[str, Any], compiled: Callable[[str], tuple[Path, str]], source: str
 ) -> None:
-    flags = [*setup["nvcc_flags"](), "--threads=0", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v"]
-    command = [NVCC, *flags, "-c", ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", tmp_path / "object.o"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    entries = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", done.stderr)
+    _, log = compiled(source)
+    entries = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", log)
     assert {architecture for _, architecture in entries} == set(setup["ARCHITECTURES"])
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(spills) >= len(entries) > 0
     assert {numbers for spill in spills for numbers in spill[1:]} == {"0"}
-    ours = [int(used) for name, used in _registers(done.stderr) if "cub" not in name]
+    ours = [int(used) for name, used in _registers(log) if "cub" not in name]
     assert 0 < max(ours) <= MOST_REGISTERS, max(ours)
 
 
@@ -65,18 +91,42 @@ def _registers(log: str) -> Iterator[tuple[str, str]]:
 
 
 @needs_nvcc
-def test_ops_compile_on_the_stable_abi_alone(setup: dict[str, Any], tmp_path: Path) -> None:
+def test_ops_compile_on_the_stable_abi_alone(compiled: Callable[[str], tuple[Path, str]]) -> None:
     """Of torch only what every release from 2.10 on has, and no C++ symbol of it."""
-    macros = [f"-D{name}{'' if value is None else '=' + value}" for name, value in setup["MACROS"]]
-    paths = [f"-I{Path(torch.__file__).parent / 'include'}", f"-I{TOOLKIT / 'include'}"]
-    library = tmp_path / "ops.o"
-    command = ["g++", *setup["FLAGS"], "-fPIC", "-Wall", "-Werror", "-DUSE_CUDA", *macros, *paths]
-    command += ["-c", str(ROOT / "csrc" / "cuda" / "ops.cpp"), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    names = subprocess.run(["nm", "-C", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    command = ["nm", "-C", "--undefined-only", compiled("ops.cpp")[0]]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "aoti_torch_get_current_cuda_stream" in names
     assert not re.search(r"\b(at|c10|torch)::", names)
+
+
+STREAM = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { return *stream = nullptr, 0; }'
+LOAD = """
+import torch, _C_cuda
+print(_C_cuda.build_config()["flags"], *torch.ops.saemnesia_fast_cuda.adam_rows.overloads())
+"""
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_linked_extension_loads(
+    setup: dict[str, Any], compiled: Callable[[str], tuple[Path, str]], tmp_path: Path
+) -> None:
+    """Every name is found; where torch has no CUDA, with a stand-in for the one that torch_cuda has."""
+    pytest.importorskip("pybind11")
+    objects = [compiled(source)[0] for source in ("latent_gradients.cu", "adam_rows.cu", "ops.cpp", "module.cpp")]
+    folders = [f"-L{Path(torch.__file__).parent / 'lib'}", f"-L{TOOLKIT / 'lib64'}"]
+    libraries = [f"-l{name}" for name in (*setup["cuda_libraries"](), "c10", "torch", "torch_cpu", "torch_python")]
+    shared = ["g++", "-shared", "-fPIC", "-Wl,--as-needed", "-o"]
+    subprocess.run([*shared, tmp_path / "_C_cuda.so", *objects, *folders, *libraries], check=True)
+    (tmp_path / "stream.cpp").write_text(STREAM)
+    subprocess.run([*shared, tmp_path / "stream.so", tmp_path / "stream.cpp"], check=True)
+    variables = {"PYTHONPATH": str(tmp_path)}
+    if torch.version.cuda is None:
+        variables["LD_PRELOAD"] = str(tmp_path / "stream.so")
+    command = [sys.executable, "-c", LOAD]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [",".join(setup["FLAGS"]), "default"]
 
 
 SETUP = """
@@ -181,6 +231,27 @@ def test_gpu_errs_no_more_than_eager(dtype: torch.dtype) -> None:
     for ours, theirs, want in zip(got, eager, exact, strict=True):
         floor = torch.finfo(torch.float32).eps * want.abs().max()
         assert (ours - want).abs().max() <= 2 * (theirs - want).abs().max() + floor
+
+
+def gradients_of_single_ops(term: ops.PairTerms, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> list[Tensor]:
+    """What `loss.backward()` asks for: dW_enc, db_enc, dW_dec and the values' own."""
+    library, (values, indices, grad, *_) = torch.ops.saemnesia_fast, term
+    encoder = library.encoder_gradients(values.to(reference.compute_dtype(x)), indices, x, b_dec, N)
+    return [*encoder, library.decoder_gradient(values, indices, grad, N), library.gather_dot(indices, W_dec, grad)]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gpu_gradients_of_single_ops_err_no_more_than_eager(dtype: torch.dtype) -> None:
+    (term, _), (x, W_dec, b_dec, _) = full_step(dtype)
+    got = gradients_of_single_ops(term, x, W_dec, b_dec)
+    with ops.use_backend("eager"):
+        eager = gradients_of_single_ops(term, x, W_dec, b_dec)
+        wide = term._replace(values=term.values.double(), grad_x_hat=term.grad_x_hat.double())
+        exact = gradients_of_single_ops(wide, x.double(), W_dec.double(), b_dec.double())
+    for ours, theirs, want in zip(got, eager, exact, strict=True):
+        assert_no_worse(ours, theirs, want)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import saemnesia_fast
+from waiting import no_waiting
 
 erasing = pytest.importorskip("erasing", reason="diffusers or transformers is not installed")
 pipelines = pytest.importorskip("pipelines", reason="diffusers or transformers is not installed")
@@ -178,11 +179,8 @@ def test_a_step_never_waits_for_the_device(mode: str) -> None:
     scene = Scene("cuda", torch.float16)
     with scene.erased(mode=mode):
         scene.call()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             scene.call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @gpu

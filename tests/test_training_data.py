@@ -11,16 +11,13 @@ import pytest
 import torch
 
 from pipelines import HOOK_POINTS, tiny_sd
-from saemnesia_fast.files import save_tensors, write_json
+from saemnesia_fast.files import write_json
 from saemnesia_fast.training import LiveActivations, Sampling, ShardActivations, TensorActivations, data, live
 from saemnesia_fast.training.prefetch import one_ahead
 from saemnesia_fast.training.sampling import sample_activations
+from shards import numbered, shards
 
 SAMPLING = Sampling(num_inference_steps=2, guidance_scale=3.0, prompts_per_call=2, height=64, width=64, seed=7)
-
-
-def numbered(n, d=2):
-    return torch.arange(n * d, dtype=torch.float32).view(n, d)
 
 
 @cache
@@ -30,18 +27,6 @@ def pipeline():
 
 def threads():
     return [thread for thread in threading.enumerate() if thread.name == "one_ahead"]
-
-
-def shards(folder, sizes, d=2, maps=2):
-    """A finished set whose token number i is the row i of `numbered`."""
-    tokens = numbered(sum(sizes), d).half()
-    entries = []
-    for number, part in enumerate(tokens.split(list(sizes))):
-        file = f"block/{number:05d}.safetensors"
-        save_tensors(folder / file, {"activations": part.view(maps, -1, d)})
-        entries.append({"file": file, "prompts": 1, "tokens": len(part)})
-    write_json(folder / "index.json", {"finished": True, "hook_points": {"block": {"d": d, "shards": entries}}})
-    return folder
 
 
 def rows(batches):
@@ -319,17 +304,3 @@ def test_a_damaged_index_is_refused_by_its_name(content, tmp_path):
         ValueError, match=r"index\.json: not an index that `collect` wrote .*; collect into a new folder"
     ):
         ShardActivations(tmp_path, "block")
-
-
-@pytest.mark.gpu
-def test_windows_on_the_device_give_the_same_batches(tmp_path):
-    """Made on a stream of the thread's own, and kept until the reader's stream has used them."""
-    shards(tmp_path, [8 * 1024] * 4, d=64, maps=32)
-    options = {"batch_size": 1024, "buffer_tokens": 4096}
-    expected = list(islice(ShardActivations(tmp_path, "block", **options), 60))
-    found = []
-    for batch in islice(ShardActivations(tmp_path, "block", device="cuda", **options), 60):
-        assert batch.is_cuda
-        torch.cuda._sleep(1_000_000)
-        found.append(batch + 0)
-    assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))

@@ -1,6 +1,8 @@
 """The trainer on a GPU: no step waits for the host, and the SAE is that of the CPU (SPEC 4.1, 4.3)."""
 
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,13 @@ from torch import Tensor
 
 pytest.importorskip("tqdm")
 
+from saemnesia_fast import ops
 from saemnesia_fast.sae import TopKSAE
-from saemnesia_fast.training import TrainConfig, Trainer
+from saemnesia_fast.training import ShardActivations, TrainConfig, Trainer
+from shards import shards
+from triton_cases import assert_no_worse
+from waiting import no_waiting
+from weights import random_tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -65,11 +72,8 @@ def test_steps_between_two_readings_do_not_wait_for_the_device(options: dict[str
         trainer.train_step(next(batches))
     tokens = [next(batches) for _ in range(15)]
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         metrics = [trainer.train_step(batch) for batch in tokens]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert trainer.check() == set()
     last = metrics[-1]
     assert last is not None
@@ -110,3 +114,54 @@ def test_runs_are_bit_identical() -> None:
     first, second = (Trainer(recipe("cuda"), Batches("cuda")).fit() for _ in range(2))
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_windows_on_the_device_give_the_same_batches(tmp_path: Path) -> None:
+    """Made on a stream of the thread's own, and kept until the reader's stream has used them."""
+    shards(tmp_path, [8 * 1024] * 4, d=64, maps=32)
+    options: dict[str, Any] = {"batch_size": 1024, "buffer_tokens": 4096}
+    expected = list(islice(ShardActivations(tmp_path, "block", **options), 60))
+    found = []
+    for batch in islice(ShardActivations(tmp_path, "block", device="cuda", **options), 60):
+        assert batch.is_cuda
+        torch.cuda._sleep(1_000_000)
+        found.append(batch + 0)
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
+
+
+def on_the_kept(indices: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """x_hat [M, d] by the latents that `indices` [M, k] name, in plain PyTorch."""
+    rows = indices.long()
+    values = (torch.einsum("md,mkd->mk", x - b_dec, W_enc[rows]) + b_enc[rows]).relu()
+    return torch.einsum("mk,mkd->md", values, W_dec[rows]) + b_dec
+
+
+def assert_backward_is_as_good_as_autograd(device: str, dtype: torch.dtype) -> None:
+    """Of all parameters and of the tokens, where the kept latents are the same; against float64."""
+    sae = TopKSAE.init(1280, 20480, 32, device=device, dtype=dtype)
+    with torch.no_grad():
+        sae.b_enc.copy_(0.1 * random_tokens(20480))
+        sae.b_dec.copy_(0.1 * random_tokens(1280))
+    x = random_tokens(256, 1280).to(device, dtype).requires_grad_()
+    wanted = (x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+
+    def gradients(x_hat: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((x_hat - leaves[0]).double().square().sum(), leaves)
+
+    x_hat, latents = sae(x)
+    found = gradients(x_hat, *wanted)
+    plain, exact = (
+        gradients(on_the_kept(latents.indices, *leaves), *leaves)
+        for leaves in ([t.detach().to(own).requires_grad_() for t in wanted] for own in (dtype, torch.float64))
+    )
+    for ours, theirs, want in zip(found, plain, exact, strict=True):
+        assert ours.dtype == dtype
+        assert_no_worse(ours, theirs, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_backward_is_as_good_as_autograd(dtype: torch.dtype) -> None:
+    chosen = {choice.op: choice.backend for choice in ops.backend_report("cuda")}
+    assert (chosen["encode_topk"], chosen["decode"]) == ("triton", "triton")
+    assert {chosen[op] for op in ("encoder_gradients", "decoder_gradient", "gather_dot")} == {"cuda"}
+    assert_backward_is_as_good_as_autograd("cuda", dtype)

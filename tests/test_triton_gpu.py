@@ -10,6 +10,7 @@ from torch import Tensor
 from saemnesia_fast import ops
 from saemnesia_fast.ops import reference
 from triton_cases import MODES, assert_no_worse, doubled, exact_activations, selection
+from waiting import no_waiting
 from weights import random_tokens, random_weights, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -295,11 +296,8 @@ def test_ops_never_wait_for_the_device(sae, precision):
             ops.erase(x, *weights, K, *entries, mode, precision=precision)
 
     run()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["default", "exact"])
@@ -323,6 +321,35 @@ def test_gather_dot_is_as_good_as_eager(sae, dtype):
     found = torch.ops.saemnesia_fast.gather_dot(indices, W, grad)
     given = (indices, W.float(), grad.float())
     assert_no_worse(found, reference.gather_dot(*given), reference.gather_dot(*doubled(*given)))
+
+
+def gradient(x: Tensor, direction: Tensor, *arguments: Any) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad((ops.erase(x, *arguments) * direction).sum(), x)[0]
+
+
+def choice(x: Tensor, *arguments: Any) -> Tensor:
+    """[M, K + S]: which latents a token keeps, and which entries steer it."""
+    *weights, _, k, latents, thresholds, _, _ = arguments
+    kept = ops.encode_topk(x, *weights, k).indices.sort().values
+    return torch.cat([flat(kept), flat(ops.probe(x, *weights, k, latents, thresholds)[1])], 1)
+
+
+@pytest.mark.parametrize("mode", ["exact", "released"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_through_erase_is_that_of_float64(sae, dtype, mode):
+    """To 2^-20 of a token's largest entry and the rounding to x's dtype, where both chose the same latents."""
+    x, direction = block_output(2, dtype), block_output(2, dtype, seed=7)
+    arguments = (*cast(sae, dtype), K, *lines(2, 300, 0.5), mode)
+    found, chosen = gradient(x, direction, *arguments), choice(x.float(), *arguments)
+    with ops.use_backend("eager"):
+        exact = flat(gradient(*doubled(x, direction, *arguments)))
+        wanted = choice(*doubled(x, *arguments))
+    same = (chosen == wanted).all(1)
+    assert same.double().mean() > 0.99 and wanted[same, K:].any()
+    error = (flat(found).double() - exact).abs().amax(1)
+    assert found.dtype == dtype
+    assert (error <= (torch.finfo(dtype).eps / 2 + 2.0**-20) * exact.abs().amax(1))[same].all()
 
 
 def test_long_offsets(sae):

@@ -4,6 +4,7 @@
 
 namespace py = pybind11;
 
+#undef errno  // a flag names it
 #define STRING_OF(...) #__VA_ARGS__
 #define STRING(...) STRING_OF(__VA_ARGS__)
 

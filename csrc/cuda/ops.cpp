@@ -45,7 +45,8 @@ bool packed(int64_t d, const Tensors&... tensors) {
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+    const auto error = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_);
+    STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no current stream of GPU ", tensor.get_device_index());
     int device = 0;
     check(cudaGetDevice(&device));
     check(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device));
