@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ PYTEST = [
 ]
 PLUGINS = {
     "xdist": ("-n", str(min(8, (os.cpu_count() or 1) // 2)), "--dist", "worksteal"),
-    "pytest_timeout": ("--timeout=150", "--timeout-method=thread"),
+    "pytest_timeout": ("--timeout=200", "--timeout-method=thread"),
 }
 """Those of pytest that are used where they are installed, as against whatever else a machine may have."""
 
@@ -108,14 +109,20 @@ def _run(command: list[str], environment: dict[str, str], limit: float, log: Pat
         start = output.tell()
         try:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
             )
             try:
                 code = process.wait(limit)
                 status = "ok" if code == 0 else f"failed: exit status {code}"
             except subprocess.TimeoutExpired:
                 status = f"failed: longer than {limit:.0f} s"
-                process.send_signal(signal.SIGINT)
+                os.killpg(process.pid, signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE)
             finally:

@@ -10,6 +10,8 @@ import torch
 from saemnesia_fast.ops import backend
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # eai-sparsify looks when it is imported
 
 if find_spec("hypothesis"):  # `make gpu` runs where only the GPU tests' own needs are installed
     from hypothesis import settings

@@ -209,8 +209,7 @@ def test_reads_what_eai_sparsify_wrote_and_gives_its_forward() -> None:
     torch.testing.assert_close(x_hat, theirs["x_hat"], rtol=1e-6, atol=1e-6)
 
 
-def test_eai_sparsify_reads_what_we_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
+def test_eai_sparsify_reads_what_we_write(tmp_path: Path) -> None:
     coder = peer("sparsify.sparse_coder").SparseCoder
     sae = random_sae(batch_topk=True)
     sae.save_pretrained(tmp_path)
