@@ -22,7 +22,7 @@ demo: $(READY)
 
 # Tests are small: two processes of one thread each are faster than one of two. A file's tests share what they make.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Training and collecting killed at 50 random moments instead of 10.
 soak: $(READY)

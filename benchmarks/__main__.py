@@ -246,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("supervised_step", help="what supervision adds to a training step")
     command.set_defaults(run=supervised_step)
     command.add_argument("--device", choices=("cpu", "cuda"), help="a GPU where there is one unless told")
-    command.add_argument("--rounds", type=int, default=15)
+    command.add_argument("--rounds", type=int, default=100)
     command.add_argument("--images", type=int, default=128)
     command.add_argument("--tokens", type=int, default=16, help="of an image")
     command.add_argument("--small", action="store_true", help="tiny sizes: does everything, measures nothing of use")

@@ -384,10 +384,11 @@ def supervised_step() -> str:
     if not SUPERVISED_STEP.exists():
         return NOT_YET
     report = _read(SUPERVISED_STEP)
-    lines = ["| step | ms (p20-p80) | extra, median of pairs |", "|---|---|---|"]
+    lines = ["| step | ms (p20-p80) | extra, median of pairs (95 %) |", "|---|---|---|"]
     for way, found in report["ways"].items():
         middle, low, high = (f"{found[f'p{percent}_ms']:.3g}" for percent in (50, 20, 80))
-        extra = f"{found['extra_percent']:+.1f} %" if found["extra_percent"] else ""
+        least, most = found["extra_interval"]
+        extra = f"{found['extra_percent']:+.1f} % ({least:+.1f} to {most:+.1f})" if way != "unsupervised" else ""
         lines.append(f"| {way} | {middle} ({low}-{high}) | {extra} |")
     size = report["size"]
     concepts = f"{size['objects']} objects and {size['styles']} styles"

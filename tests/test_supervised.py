@@ -356,10 +356,17 @@ def test_the_benchmark_times_every_way_in_turns(tmp_path, monkeypatch):
     assert list(report["ways"]) == list(supervised_step.WAYS) and report["ways"]["unsupervised"]["extra_percent"] == 0
     monkeypatch.setattr(render, "SUPERVISED_STEP", tmp_path / "other.json")
     assert render.supervised_step() == render.NOT_YET
-    found = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "extra_percent": 1.25}
+    found = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "extra_percent": 1.25, "extra_interval": [-0.5, 2.0]}
     write_json(render.SUPERVISED_STEP, report | {"ways": {"supervised": found}})
-    assert "| supervised | 2 (1-3) | +1.2 % |" in render.supervised_step()
+    assert "| supervised | 2 (1-3) | +1.2 % (-0.5 to +2.0) |" in render.supervised_step()
     assert "6 images of 4 tokens, d = 32, N = 256, k = 4, 3 objects and 2 styles; 2 rounds" in render.supervised_step()
+
+
+def test_supervision_costs_less_than_a_twentieth_of_a_step():
+    """As committed, and so does the upper end of the median's interval by ranks."""
+    assert supervised_step.of_median(range(101)) == (40, 61)
+    found = read_json(render.RESULTS / "supervised_step.json")["ways"]["supervised"]
+    assert found["extra_percent"] <= found["extra_interval"][1] <= 5
 
 
 def test_labels_of_benchmarks_and_files(tmp_path):
