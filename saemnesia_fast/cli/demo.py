@@ -57,7 +57,7 @@ class Demo:
         chosen = self.method or ("saemnesia-exact" if self.style else "saemnesia-contrast")
         (method,) = methods([chosen], canvas, work=self.out / "weights")
         wanted = requests(self.images, self.seed)
-        canvas.paint(wanted[: len(OBJECTS) * len(STYLES)])  # what only a first call takes, neither is to be charged with
+        canvas.paint(wanted[: len(OBJECTS) * len(STYLES)])  # what a first call takes is neither's
         before, plain_seconds = _timed(canvas, wanted, "before")
         with method.erased(canvas.pipe, concepts) as arguments:
             after, erased_seconds = _timed(canvas, wanted, "after", arguments)
