@@ -70,18 +70,15 @@ def compare(config: Any, data: Callable[[], Any], held_out: Tensor) -> dict[str,
 def main(out: Path, steps: int, images: int, work: Path | None) -> None:
     """Collects the tokens with the committed MiniCanvas, in `work` if they are to be kept, and writes the figures."""
     from saemnesia_fast.minicanvas.build import BuildConfig, Builder
-    from saemnesia_fast.minicanvas.canvas import MiniCanvas
+    from saemnesia_fast.minicanvas.canvas import WEIGHTS
     from saemnesia_fast.minicanvas.settings import HOOK_POINTS
     from saemnesia_fast.training import ShardActivations, TrainConfig
 
-    class Committed(Builder):
-        """The stages, with the committed pictures' painter."""
-
-        def canvas(self) -> MiniCanvas:
-            return MiniCanvas.load()
-
     with tempfile.TemporaryDirectory() as folder:
-        builder = Committed(BuildConfig(work=work or Path(folder), sae_images_per_combination=images, progress=False))
+        config = BuildConfig(
+            work=work or Path(folder), start=WEIGHTS, sae_images_per_combination=images, progress=False
+        )
+        builder = Builder(config)
         builder.activations()
         points = {}
         for name in HOOK_POINTS:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from saemnesia_fast.evaluation import Plan, Setting, SparseErasure
+    from saemnesia_fast.evaluation import Plan, SparseErasure
+    from saemnesia_fast.minicanvas.canvas import MiniCanvas
 
 SEEDS = (90, 91)
 RETAINED = 18
 """Pictures of other concepts, beside all that ask for the erased one."""
-SHIPPED = "as shipped"
 TRAINED: dict[str, dict[str, Any]] = {
     "trained again": {},
     "5 epochs": {"epochs": 5},
@@ -41,14 +41,16 @@ class Trial(NamedTuple):
 def trials() -> dict[str, list[Trial]]:
     """{what is changed: trials}, of SAEs as they are shipped."""
     papers = [
-        Trial(f"{mode}, {scale}, both halves, strength {strength:g}", changes | {"halves": "both", "scale": scale})
+        Trial(
+            f"{mode}, {scale}, both halves, strength {s:g}",
+            {"mode": mode, "strength": s, "halves": "both", "scale": scale},
+        )
         for mode in ("exact", "released")
         for scale in ("mean", "norm")
-        for strength in (-5.0, -15.0)
-        for changes in ({"mode": mode, "strength": strength},)
+        for s in (-5.0, -15.0)
     ]
     return {
-        "": [Trial(SHIPPED, {})],
+        "": [Trial("as shipped", {})],
         "strength": [Trial(f"strength {s:g}", {"strength": s}) for s in (-4.0, -6.0, -10.0, -12.0, -15.0, -20.0)],
         "hook point": [
             Trial(f"the {name} hook point alone, strength {s:g}", {"strength": s}, points)
@@ -82,21 +84,16 @@ class Run:
     threads: int = 1
 
     @cached_property
-    def methods(self) -> dict[str, list[SparseErasure]]:
-        """{what is changed: erasures}; as many as are trained."""
+    def canvas(self) -> MiniCanvas:
         from saemnesia_fast.minicanvas.canvas import MiniCanvas
-        from saemnesia_fast.minicanvas.methods import SUPERVISED, sparse_erasure
 
-        canvas = MiniCanvas.load()
+        return MiniCanvas.load()
 
-        def erasure(trial: Trial, supervised: Path = SUPERVISED) -> SparseErasure:
-            shipped = sparse_erasure(trial.by, canvas, supervised)
-            setting = changed(shipped.settings["object"], trial)
-            return replace(shipped, name=trial.name, settings={"object": setting})
-
-        found = {group: [erasure(trial) for trial in some] for group, some in trials().items()}
-        taught = {name: self.taught(name) for name in TRAINED}
-        found["teaching"] = [erasure(Trial(name, {}), path) for name, path in taught.items()]
+    @cached_property
+    def methods(self) -> dict[str, list[SparseErasure]]:
+        """{what is changed: erasures}; `teach` has been called."""
+        found = {group: [erasure(trial, self.canvas) for trial in some] for group, some in trials().items()}
+        found["teaching"] = [erasure(Trial(name, {}), self.canvas, self.taught(name)) for name in TRAINED]
         return found
 
     def taught(self, name: str) -> Path:
@@ -104,12 +101,10 @@ class Run:
 
     def plan(self) -> Plan:
         from saemnesia_fast.evaluation import Plan, cases
-        from saemnesia_fast.minicanvas.canvas import MiniCanvas
 
-        canvas = MiniCanvas.load()
         chosen = [method for some in self.methods.values() for method in some]
-        found = cases("single", canvas.classes, ["object"])
-        return Plan(canvas, chosen, found, SEEDS, self.work / "units", RETAINED, self.threads)
+        found = cases("single", self.canvas.classes, ["object"])
+        return Plan(self.canvas, chosen, found, SEEDS, self.work / "units", RETAINED, self.threads)
 
     def paint(self, shard: tuple[int, int]) -> None:
         import torch
@@ -128,36 +123,35 @@ class Run:
                 teach(self.work, self.taught(name), changes)
 
 
-def changed(setting: Setting, trial: Trial) -> Setting:
-    points = list(setting.strength)[trial.points]
-    changes = dict(trial.changes)
-    strength = changes.pop("strength", None)
-    own = {point: setting.strength[point] if strength is None else strength for point in points}
-    return replace(setting, strength=own, **changes)
+def erasure(trial: Trial, canvas: MiniCanvas, supervised: Path | None = None) -> SparseErasure:
+    """Of objects, by the SAEs in a folder; by those that are shipped if None."""
+    from saemnesia_fast.minicanvas.methods import SUPERVISED, sparse_erasure
+
+    shipped = sparse_erasure(trial.by, canvas, supervised or SUPERVISED)
+    setting, changes = shipped.settings["object"], dict(trial.changes)
+    strength = dict(list(setting.strength.items())[trial.points])
+    if "strength" in changes:
+        strength = dict.fromkeys(strength, changes.pop("strength"))
+    return replace(shipped, name=trial.name, settings={"object": replace(setting, strength=strength, **changes)})
 
 
 def teach(work: Path, out: Path, changes: dict[str, Any]) -> None:
     """Teaches the shipped SAEs of objects their concepts, on tokens that are collected once."""
     from saemnesia_fast.files import write_json
     from saemnesia_fast.minicanvas.build import BuildConfig, Builder
-    from saemnesia_fast.minicanvas.canvas import WEIGHTS, MiniCanvas
+    from saemnesia_fast.minicanvas.canvas import WEIGHTS
     from saemnesia_fast.minicanvas.settings import OBJECTS_AT, SUPERVISED_SETTINGS
     from saemnesia_fast.training import SuperviseConfig
 
-    class Shipped(Builder):
-        """The stages, from what is shipped."""
+    class Changed(Builder):
+        def supervise_config(self, hook_point: str) -> SuperviseConfig:
+            return replace(super().supervise_config(hook_point), **changes)
 
-        def canvas(self) -> MiniCanvas:
-            return MiniCanvas.load()
-
-        def supervise_config(self, point: str) -> SuperviseConfig:
-            return replace(super().supervise_config(point), **changes)
-
-    tokens = Shipped(BuildConfig(work=work, progress=False))
+    tokens = Builder(BuildConfig(work=work, start=WEIGHTS, progress=False))
     if not (work / "activations" / "index.json").exists():
         tokens.activations()
     tokens.held_out(OBJECTS_AT[0])
-    builder = Shipped(BuildConfig(work=out / "build", progress=False))
+    builder = Changed(BuildConfig(work=out / "build", start=WEIGHTS, progress=False))
     for name in ("activations", "held_out"):
         if not (builder.work / name).exists():
             (builder.work / name).symlink_to((work / name).resolve())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import trials
 from saemnesia_fast.cli.demo import Demo
 from saemnesia_fast.cli.main import main
 from saemnesia_fast.concepts import load_assignment
@@ -138,6 +139,30 @@ def test_the_committed_searches_are_of_what_is_shipped():
             for name in (name for name, its in zip(table.concepts, table.kinds, strict=True) if its == kind):
                 best = supervised["concepts"][name]["best"]
                 assert {key: table.settings[name][key] for key in best} == best
+
+
+def test_the_committed_trials_are_those_of_the_benchmark(canvas):
+    """In its order, of its settings; those on SAEs that were taught anew by name."""
+    committed = [
+        (one["changed"], one["name"], one["settings"])
+        for one in read_json(RESULTS / "minicanvas_trials.json")["trials"]
+    ]
+    shipped = [
+        (group, one.name, described(trials.erasure(one, canvas).settings))
+        for group, some in trials.trials().items()
+        for one in some
+    ]
+    assert committed[: len(shipped)] == shipped
+    assert [one[:2] for one in committed[len(shipped) :]] == [("teaching", name) for name in trials.TRAINED]
+
+
+def test_the_committed_evaluations_agree_to_the_last_digit():
+    """Painted on two machines."""
+    alone, more = (read_json(RESULTS / file) for file in ("minicanvas.json", "minicanvas_sequence.json"))
+    assert alone["machine"]["cpu"] != more["machine"]["cpu"]
+    for method, groups in more["protocols"]["single"].items():
+        for kind, group in groups.items():
+            assert alone["protocols"]["single"][method][kind] == group
 
 
 def test_the_judge_knows_drawn_pictures(canvas):
