@@ -152,7 +152,7 @@ def demo(arguments: argparse.Namespace) -> None:
 def minicanvas_sae(arguments: argparse.Namespace) -> None:
     import minicanvas_sae
 
-    minicanvas_sae.main(arguments.out, arguments.steps, arguments.images, arguments.work)
+    minicanvas_sae.main(arguments.out, arguments.steps, arguments.images, arguments.work, arguments.seeds)
 
 
 def trials(arguments: argparse.Namespace) -> None:
@@ -235,6 +235,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=int, default=1500)
     command.add_argument("--images", type=int, default=12, help="of each object in each style")
     command.add_argument("--work", type=Path, help="keep the collected tokens here")
+    command.add_argument("--seeds", type=int, default=3)
     command.add_argument("--out", type=Path, default=results / "minicanvas_sae.json")
 
     command = commands.add_parser("trials", help="what else a supervised latent was tried with on MiniCanvas")

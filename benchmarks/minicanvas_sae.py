@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,11 @@ def compare(config: Any, data: Callable[[], Any], held_out: Tensor) -> dict[str,
     return found
 
 
-def main(out: Path, steps: int, images: int, work: Path | None) -> None:
-    """Collects the tokens with the committed MiniCanvas, in `work` if they are to be kept, and writes the figures."""
+def main(out: Path, steps: int, images: int, work: Path | None, seeds: int) -> None:
+    """Collects the tokens with the committed MiniCanvas, in `work` if they are to be kept, and writes the figures.
+
+    Each of `seeds` has its own first weights and its own order of tokens, the same for both ways.
+    """
     from saemnesia_fast.minicanvas.build import BuildConfig, Builder
     from saemnesia_fast.minicanvas.canvas import WEIGHTS
     from saemnesia_fast.minicanvas.settings import HOOK_POINTS
@@ -80,20 +84,22 @@ def main(out: Path, steps: int, images: int, work: Path | None) -> None:
         )
         builder = Builder(config)
         builder.activations()
-        points = {}
-        for name in HOOK_POINTS:
+        points: dict[str, dict[str, list[dict[str, float]]]] = {}
+        for seed, name in product(range(seeds), HOOK_POINTS):
             config = TrainConfig(
                 num_latents=builder.config.num_latents,
                 k=builder.config.k,
                 steps=steps,
                 lr=1e-3,
                 dead_after=500_000,
+                seed=seed,
                 device="cpu",
                 progress=False,
             )
-            data = partial(ShardActivations, builder.work / "activations", name, batch_size=TOKENS_A_STEP)
-            points[name] = compare(config, data, builder.held_out(name))
-            print(name, json.dumps(points[name], indent=2), flush=True)
+            data = partial(ShardActivations, builder.work / "activations", name, TOKENS_A_STEP, seed=seed)
+            for way, found in compare(config, data, builder.held_out(name)).items():
+                points.setdefault(name, {}).setdefault(way, []).append(found)
+                print(name, seed, way, json.dumps(found), flush=True)
     report = {**asdict(describe("cpu")), "steps": config.steps, "tokens_a_step": TOKENS_A_STEP, "points": points}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -374,9 +375,14 @@ def minicanvas_sae() -> str:
     lines = ["| SAE at | trained | seconds | FVU, held out |", "|---|---|---|---|"]
     for point, ways in report["points"].items():
         for way, found in ways.items():
-            lines.append(f"| {point} | {way} | {found['seconds']:.1f} | {found['fvu']:.4f} |")
+            seconds, fvu = sorted(one["seconds"] for one in found), sorted(one["fvu"] for one in found)
+            lines.append(
+                f"| {point} | {way} | {median(seconds):.1f} ({seconds[0]:.1f}-{seconds[-1]:.1f}) "
+                f"| {median(fvu):.4f} ({fvu[0]:.4f}-{fvu[-1]:.4f}) |"
+            )
+    what = f"Medians (range) of {len(found)} seeds, {report['steps']} steps of {report['tokens_a_step']} tokens"
     where = f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['commit']}"
-    return "\n".join([*lines, "", f"{report['steps']} steps of {report['tokens_a_step']} tokens; {where}."])
+    return "\n".join([*lines, "", f"{what}; {where}."])
 
 
 def supervised_step() -> str:

@@ -362,8 +362,10 @@ def test_the_table_of_training_steps_is_rendered(tmp_path: Path, monkeypatch: py
 def test_the_table_of_minicanvas_saes_is_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render, "MINICANVAS_SAE", tmp_path / "minicanvas_sae.json")
     assert render.minicanvas_sae() == render.NOT_YET
-    points = {"up": {"Trainer": {"seconds": 12.34, "fvu": 0.0857, "l0": 16.0}}}
+    found = [{"seconds": seconds, "fvu": fvu} for seconds, fvu in ((12.34, 0.0857), (10.0, 0.0861), (14.0, 0.085))]
+    points = {"up": {"Trainer": found}}
     report = {**dataclasses.asdict(STAMP), "steps": 1500, "tokens_a_step": 2048, "points": points}
     render.MINICANVAS_SAE.write_text(json.dumps(report))
-    assert "| up | Trainer | 12.3 | 0.0857 |" in render.minicanvas_sae()
-    assert render.minicanvas_sae().endswith("1500 steps of 2048 tokens; a machine, 2 threads, torch 2.13.0, abc.")
+    text = render.minicanvas_sae()
+    assert "| up | Trainer | 12.3 (10.0-14.0) | 0.0857 (0.0850-0.0861) |" in text
+    assert text.endswith("of 3 seeds, 1500 steps of 2048 tokens; a machine, 2 threads, torch 2.13.0, abc.")
