@@ -7,6 +7,7 @@ import json
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
 import pytest
@@ -303,6 +304,15 @@ def test_saes_trained_by_autograd_and_by_the_trainer_are_alike() -> None:
     former, present = found.values()
     assert present["fvu"] == pytest.approx(former["fvu"], rel=2e-3) and present["fvu"] < 0.9
     assert {"seconds", "dead_fraction", "l0"} <= set(former)
+
+
+def test_the_committed_saes_of_the_trainer_are_as_good_and_took_less_time() -> None:
+    for ways in json.loads(render.MINICANVAS_SAE.read_text())["points"].values():
+        former, present = ways.values()
+        assert len(former) == len(present) == 3
+        fvus = [one["fvu"] for one in former]
+        assert mean(one["fvu"] for one in present) <= mean(fvus) + max(fvus) - min(fvus), "more than seeds differ"
+        assert mean(one["seconds"] for one in present) < mean(one["seconds"] for one in former)
 
 
 def test_the_gpu_command_keeps_the_steps_rows_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
