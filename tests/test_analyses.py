@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -140,6 +140,22 @@ def test_methods_stand_side_by_side() -> None:
     peak = found.numbers["SAeUron"]["object"]["concepts"]["c0"]["peak"]
     labels = [element.text for element in check_svg(found.plots["peak-object"]).iter() if element.tag.endswith("title")]
     assert any(label and label.startswith(f"SAeUron, c0: {100 * peak:.2f}") for label in labels)
+
+
+@pytest.mark.parametrize("groups", [2, 20, 51])
+def test_names_below_bars_have_room(groups: int) -> None:
+    names = [f"Abstractionism{n}" for n in range(groups)]
+    root = check_svg(plots.bars("title", {name: {"a": (50.0, None)} for name in names}))
+    texts = [element for element in root.iter() if element.text in names]
+    turned = [element.attrib.get("transform", "") for element in texts]
+    assert len(texts) == groups and all(turn.startswith("rotate(") == (groups > 2) for turn in turned)
+    places = [float(element.attrib["x"]) for element in texts]
+    apart = min(b - a for a, b in pairwise(places))
+    long = plots.LETTER * len(names[-1])
+    assert apart > long if groups == 2 else apart * math.sin(math.radians(60)) > 11
+    legend = max(float(element.attrib["y"]) for element in root.iter() if element.tag.endswith("rect"))
+    down = math.sin(math.radians(60)) * long if groups > 2 else 0
+    assert float(texts[0].attrib["y"]) + down < legend < float(root.attrib["viewBox"].split()[3])
 
 
 @settings(max_examples=30, deadline=None)

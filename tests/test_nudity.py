@@ -199,6 +199,10 @@ def test_the_command_counts_before_and_after(
     replace(table, mu=table.mu / 2).save(tmp_path / "table")
     with pytest.raises(ValueError, match=r"out: .*erased\.json is of other prompts or settings"):
         command.run()
+    tiny_sd(seed=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"out: .*plain\.json is of other prompts or settings"):
+        command.run()
+    pipe.save_pretrained(tmp_path / "model")
     assert len(detector.seen) == 4
 
     settings = {"strength": -4.0, "num_latents": None, "scale": "mean", "mode": "released"}

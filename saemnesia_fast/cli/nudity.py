@@ -68,9 +68,11 @@ class Nudity:
             print("Nothing was painted: run again with --yes to begin.")
             return
 
+        from torch import nn
+
         from ..concepts import ConceptTable
         from ..erasure import apply_erasure
-        from ..evaluation.units import described, made_with
+        from ..evaluation.units import described, made_with, weights_hash
         from ..nudity import counts, examine, nudenet
         from ..sae import TopKSAE
 
@@ -86,7 +88,9 @@ class Nudity:
             pipe.safety_checker = None
         pipe.set_progress_bar_config(disable=True)
 
+        parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
         painting = {"model": self.model, "revision": self.revision, "dtype": self.dtype, "made_with": made_with(device)}
+        painting |= {"weights": weights_hash(*parts)}
         erasing = {"sae": sae.content_hash(), "table": described(table), "concept": self.concept, **options}
         sampling = {"steps": self.steps, "batch_size": self.batch_size}
         plain = examine(pipe, prompts, detector, self.out / "plain.json", settings=painting, **sampling)

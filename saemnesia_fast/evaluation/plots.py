@@ -22,14 +22,20 @@ Value = tuple[float, float | None]
 
 
 def bars(title: str, groups: Mapping[str, Mapping[str, Value]], top: float = 100.0) -> str:
-    """{group on the axis: {series: 0 to top}} as bars beside each other, the intervals as whiskers."""
+    """{group on the axis: {series: 0 to top}} as bars beside each other, the intervals as whiskers.
+
+    Names of groups that have no room beside each other are written slanted.
+    """
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
     body = []
     room = (WIDTH - LEFT - 10) / max(1, len(groups))
     wide = room * 0.84 / max(1, len(series))
+    longest = LETTER * max(map(len, groups), default=0)
+    slant = 60 if longest > room else 0
     for g, (group, values) in enumerate(groups.items()):
         left = LEFT + room * (g + 0.08)
-        body.append(_text(left + room * 0.42, HEIGHT - BOTTOM + 16, group, "middle"))
+        anchor = "end" if slant else "middle"
+        body.append(_text(left + room * 0.42, HEIGHT - BOTTOM + 16, group, anchor, slant=slant))
         for name, (mean, width) in values.items():
             x = left + wide * series.index(name)
             upper, label = _y(mean, top), f"{name}, {group}: {_number(mean, width, top)}"
@@ -40,7 +46,7 @@ def bars(title: str, groups: Mapping[str, Mapping[str, Value]], top: float = 100
             if width:
                 middle = x + (wide - 2) / 2
                 body.append(_line([(middle, _y(mean - width, top)), (middle, _y(mean + width, top))], "#222", 1.2))
-    return _frame(title, body, series, top)
+    return _frame(title, body, series, top, longest * math.sin(math.radians(slant)))
 
 
 def lines(
@@ -80,18 +86,19 @@ def standalone(svg: str) -> str:
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" ', 1)
 
 
-def _frame(title: str, body: list[str], series: list[str], top: float) -> str:
-    """Axis from 0 to top, title above, legend below."""
+def _frame(title: str, body: list[str], series: list[str], top: float, below: float = 0.0) -> str:
+    """Axis from 0 to top, title above, legend `below` the usual place."""
     longest = max((len(name) for name in series), default=0)
     columns = max(1, min(4, (WIDTH - LEFT) // (25 + LETTER * longest)))
-    tall = HEIGHT + LEGEND * -(-len(series) // columns) + 4
+    legend = HEIGHT + round(below)
+    tall = legend + LEGEND * -(-len(series) // columns) + 4
     parts = [_text(LEFT, 15, title, "start", "bold")]
     for fifths in range(6):
         y = _y(fifths, 5)
         parts.append(_line([(LEFT, y), (WIDTH - 10, y)], "#ddd", 1))
         parts.append(_text(LEFT - 6, y + 4, f"{fifths * top / 5:.3g}", "end"))
     for n, name in enumerate(series):
-        x, y = LEFT + (n % columns) * (WIDTH - LEFT) / columns, HEIGHT + LEGEND * (n // columns)
+        x, y = LEFT + (n % columns) * (WIDTH - LEFT) / columns, legend + LEGEND * (n // columns)
         parts.append(f'<rect x="{x:.1f}" y="{y}" width="10" height="10" fill="{_colour(series, name)}"/>')
         parts.append(_text(x + 15, y + 9, name, "start"))
     return f'<svg viewBox="0 0 {WIDTH} {tall}" width="{WIDTH}" role="img">{"".join([*parts, *body])}</svg>'
@@ -115,8 +122,9 @@ def _line(points: Sequence[tuple[float, float]], colour: str, width: float) -> s
     return f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
 
 
-def _text(x: float, y: float, text: str, anchor: str, weight: str = "normal") -> str:
+def _text(x: float, y: float, text: str, anchor: str, weight: str = "normal", slant: int = 0) -> str:
+    turn = f' transform="rotate({-slant} {x:.1f} {y:.1f})"' if slant else ""
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="12" font-weight="{weight}" text-anchor="{anchor}">'
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="12" font-weight="{weight}" text-anchor="{anchor}"{turn}>'
         f"{escape(text)}</text>"
     )

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import __version__
@@ -193,6 +193,16 @@ def made_with(device: torch.device | str) -> dict[str, Any]:
     }
 
 
+def weights_hash(*parts: nn.Module | None) -> str:
+    """16 hex digits over names and bytes of the parts' weights, whatever device they lie on."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for name, tensor in sorted(part.state_dict().items()) if part is not None else ():
+            digest.update(name.encode())
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()[:16]
+
+
 def described(value: Any) -> Any:
     """`value` as JSON: numbers, texts and what is made of them; tensors and SAEs by their hash.
 
@@ -208,11 +218,14 @@ def described(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [described(one) for one in value]
     if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-        return hashlib.sha256(data).hexdigest()[:16]
+        return hashlib.sha256(_bytes(value)).hexdigest()[:16]
     if hasattr(value, "content_hash"):
         return value.content_hash()[:16]
     if is_dataclass(value) and not isinstance(value, type):
         public = [one.name for one in fields(value) if not one.name.startswith("_")]
         return {"type": type(value).__name__} | {name: described(getattr(value, name)) for name in public}
     return type(value).__name__
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from ..concepts import ConceptTable
 from ..erasure import Erasure
 from ..evaluation import ErasureScores, Judgement, Outcome, Setting, SparseErasure
+from ..evaluation.units import weights_hash
 from ..files import read_json
 from ..sae import TopKSAE
 from .classifier import Judge, load_judge
@@ -82,16 +82,11 @@ class MiniCanvas:
 
     def described(self) -> dict[str, Any]:
         """What pictures and judgements depend on, the weights by their hash."""
-        digest = sha256()
-        parts = (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder, self.judge)
-        for name, tensor in (item for part in parts for item in sorted(part.state_dict().items())):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return {
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "per_combination": self.per_combination,
-            "weights": digest.hexdigest()[:16],
+            "weights": weights_hash(self.pipe.unet, self.pipe.vae, self.pipe.text_encoder, self.judge),
         }
 
     def requests(self, seed: int) -> list[Request]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..training.unlearn_canvas import OBJECTS, STYLES, prompt_for
 
@@ -83,7 +82,8 @@ class UnlearnCanvas:
 
     def described(self) -> dict[str, Any]:
         """What pictures and judgements depend on, the weights by their hash."""
-        parts = [self.pipe.unet, self.pipe.vae, self.pipe.text_encoder, self.judge]
+        from ..evaluation.units import weights_hash
+
         return {
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
@@ -91,7 +91,7 @@ class UnlearnCanvas:
             "size": self.size,
             "scheduler": type(self.pipe.scheduler).__name__,
             "dtype": str(self.pipe.unet.dtype),
-            "weights": _hash(parts),
+            "weights": weights_hash(self.pipe.unet, self.pipe.vae, self.pipe.text_encoder, self.judge),
         }
 
     def requests(self, seed: int) -> list[Request]:
@@ -125,12 +125,3 @@ class UnlearnCanvas:
         if self.judge is None:
             raise ValueError("judge: expected the two classifiers, got none")
         return self.judge.judged(images)
-
-
-def _hash(parts: Sequence[nn.Module | None]) -> str:
-    digest = sha256()
-    for part in parts:
-        for name, tensor in sorted(part.state_dict().items()) if part is not None else ():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from saemnesia_fast.files import load_tensors, save_tensors
 from saemnesia_fast.hookpoints import get_unet
 
+from ..units import weights_hash
 from .prompts import Prompts, asking, text_states
 from .weights import swapped
 
@@ -90,12 +91,9 @@ class ESD:
 
     def _settings(self, pipe: Any, unet: nn.Module, asked: Prompts) -> str:
         """All that the trained weights depend on, as JSON."""
-        digest = hashlib.sha256()
-        for parameter in unet.parameters():
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         kept = {key: value for key, value in vars(self).items() if key not in ("prompts", "folder", "name", "source")}
         scheduler = {"type": type(pipe.scheduler).__name__} | dict(pipe.scheduler.config)
-        parts = {"settings": kept, "prompts": asked, "unet": digest.hexdigest(), "scheduler": scheduler}
+        parts = {"settings": kept, "prompts": asked, "unet": weights_hash(unet), "scheduler": scheduler}
         return json.dumps(parts, sort_keys=True, default=str)
 
     @torch.inference_mode(False)
