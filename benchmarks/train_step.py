@@ -57,6 +57,8 @@ class StepRow(Row):
     loss_bytes: int | None = None
     gradients_bytes: int | None = None
     update_bytes: int | None = None
+    host_us: float | None = None
+    """Of our step on a GPU: until the host had launched it."""
 
 
 def cases(device: str, small: bool = False) -> list[Case]:
@@ -253,6 +255,7 @@ COLUMNS = {
     "encode, loss, gradients, update ms": lambda row: (
         "" if row.encode_us is None else ", ".join(f"{us / 1e3:.4g}" for us in phases(row))
     ),
+    "host ms": lambda row: "" if row.host_us is None else f"{row.host_us / 1e3:.4g}",
     "MB": lambda row: "" if row.encode_us is None else ", ".join(f"{size / 1e6:.0f}" for size in phases(row, "bytes")),
 }
 

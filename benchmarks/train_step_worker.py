@@ -97,6 +97,8 @@ class Runner:
         self.x = tokens(case, device)
         self.step: Step | None = None
         self.laps: list[list[float]] = []
+        self.host: list[float] = []
+        """Microseconds until each of our steps was launched; on a CPU, done."""
         self.memory = Memory(device)
 
     def check(self, exact: Expected) -> dict[str, Any]:
@@ -149,7 +151,9 @@ class Runner:
         def call() -> None:
             marks.steps.append([])
             marks()
+            before = time.perf_counter_ns()
             self.step(self.x)
+            self.host.append((time.perf_counter_ns() - before) / 1e3)
             marks()
 
         with marked(self.step, marks):
@@ -161,9 +165,14 @@ class Runner:
         return answer
 
     def phases(self) -> dict[str, float]:
-        """Of each phase of our steps so far the median microseconds; of one step more the most bytes that it adds."""
+        """Of each phase of our steps so far the median microseconds; of one step more the most bytes that it adds.
+
+        On a GPU also the host's, which must be less than the step's, or the GPU waits for it.
+        """
         taken = zip(*self.laps, strict=True)
         found = {f"{name}_us": percentile(laps, 50) for name, laps in zip(PHASES, taken, strict=True)}
+        if self.device == "cuda":
+            found["host_us"] = percentile(self.host, 50)
         peaks: list[int] = []
 
         def pass_on() -> None:

@@ -208,6 +208,7 @@ def test_phases_are_those_of_the_steps_that_are_timed(name: str) -> None:
     runner.memory.before()
     taken = runner.samples(3)["taken"]
     assert [sum(laps) for laps in runner.laps] == pytest.approx(taken, rel=0.1)
+    assert runner.host == pytest.approx(taken, rel=0.1), "nothing is left to do on a CPU"
     found = runner.phases()
     encode, gradients = found["encode_bytes"] / (4 * case.M * case.N), found["gradients_bytes"] / (8 * case.N * case.d)
     assert encode > 0.9 and gradients > 0.9 if name == "ours eager" else encode < 0.5 and gradients < 0.5

@@ -136,6 +136,30 @@ class NoLooking(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
+class Counting(TorchDispatchMode):
+    """Counts calls that launch something on a GPU: views do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if not function.is_view:
+            self.calls.append(str(function))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("_backend", ["cpu"], indirect=True)
+@pytest.mark.usefixtures("_backend")
+def test_a_step_is_few_calls():
+    """So that a host that needs some microseconds for each is ahead of a GPU that needs a millisecond for the step."""
+    batch = sparse_tokens()[:64]
+    trainer = train([batch, batch], auxk_alpha=0.0)
+    with Counting() as counting:
+        trainer.train_step(batch)
+    assert len(counting.calls) < 80, counting.calls
+
+
 @pytest.mark.parametrize("options", [{}, {"batch_topk": True}, {"multi_topk": True, "micro_batches": 2}])
 def test_steps_between_two_readings_do_not_wait_for_the_device(options, monkeypatch):
     """But once every `log_every` steps, here before the first of them; AuxK is at work."""

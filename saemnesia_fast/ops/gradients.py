@@ -80,29 +80,25 @@ class GradientSlots(NamedTuple):
         out: LatentGradients | None = None,
     ) -> LatentGradients:
         dtype = compute_dtype(x)
-        total = out or LatentGradients(
-            *(torch.empty(shape, dtype=dtype, device=x.device) for shape in LatentGradients.shapes(W_dec))
+        dW_enc, dW_dec = (
+            (out.dW_enc, out.dW_dec) if out else (W_dec.new_empty(W_dec.shape, dtype=dtype) for _ in range(2))
         )
-        db_enc = torch.empty_like(total.db_enc)
+        db_enc = dW_enc.new_empty(len(dW_enc))
         given = self.given(terms, x, W_dec, b_dec)
-        self.library.latent_gradients(
-            *given,
-            total.dW_enc,
-            db_enc,
-            total.dW_dec,
-            out is not None,
-        )
+        self.library.latent_gradients(*given, dW_enc, db_enc, dW_dec, out is not None)
         sums = [
             self.library.sum_rows(grad, None, db_enc)
             for grad, term in zip(given.grads, terms, strict=True)
             if term.adds_b_dec
         ]
-        db_dec = sum(sums, start=torch.zeros_like(total.db_dec))
+        db_dec = sum(sums, start=torch.zeros_like(given.b_dec))
         if W_enc is not None:
             db_dec -= self.library.sum_rows(self._weight(W_enc, dtype), db_enc, db_enc)
-        for whole, part in ((total.db_enc, db_enc), (total.db_dec, db_dec)):
-            whole.copy_(part) if out is None else whole.add_(part)
-        return total
+        if out is None:
+            return LatentGradients(dW_enc, db_enc, dW_dec, db_dec)
+        out.db_enc.add_(db_enc)
+        out.db_dec.add_(db_dec)
+        return out
 
     def encoder_gradients(
         self, d_value: Tensor, indices: Tensor, x: Tensor, b_dec: Tensor, num_latents: int

@@ -58,9 +58,10 @@ class LatentActivity:
 
     def add(self, hits: Tensor, tokens: int, accepted: Tensor) -> None:
         """Count a step's `hits` [N] on so many tokens, if it is `accepted` (0-d bool)."""
-        since = torch.where(hits > 0, 0, self.tokens_since_fired + tokens)
-        self.tokens_since_fired = torch.where(accepted, since, self.tokens_since_fired)
-        self.firings += torch.where(accepted, hits, 0)
+        hits = hits * accepted
+        self.firings += hits
+        self.tokens_since_fired += accepted * tokens
+        self.tokens_since_fired *= hits == 0
 
     def look_again(self) -> None:
         """Find the candidates anew in the next step, as a process does that continues from here."""

@@ -92,8 +92,8 @@ def named_parts(moment: Any) -> dict[str, Tensor]:
 
 
 def clip_scale(norm: Tensor, largest: float) -> Tensor:
-    """What a gradient of `norm` is multiplied by to be no longer than `largest`; NaN where it is not finite (0-d)."""
-    return torch.where(norm.isfinite(), (largest / (norm + 1e-6)).clamp(max=1), torch.nan)
+    """What a gradient of `norm` is multiplied by to be no longer than `largest`; NaN where that is NaN (0-d)."""
+    return (largest / (norm + 1e-6)).clamp(max=1)
 
 
 def scheduled_k(step: int, k: int, start: int | None, steps: int) -> int:

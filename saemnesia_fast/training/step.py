@@ -6,6 +6,8 @@ Nothing here makes the host wait for the device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +41,7 @@ class BatchGradient(NamedTuple):
     db_dec: Tensor
     """[d]."""
     norm: Tensor
-    """Of the whole gradient; not finite where the batch cannot be trained on."""
+    """Of the whole gradient; NaN where the batch cannot be trained on."""
     hits: Tensor
     """[N] int64: on how many tokens each latent has a value > 0."""
     loss: Tensor
@@ -75,7 +77,7 @@ def batch_gradient(
     own = layout.rows_of(x)
     width = num_candidates(objective.k, sae.num_latents, objective.multi_topk, objective.batch_topk)
     found = [encode(sae, part, width, encoder, layout) for part in own.chunk(micro_batches)]
-    values, indices = (torch.cat(column) for column in zip(*found, strict=True))
+    values, indices = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
     # What is exchanged is what the gradients are made of: far less than the gradients. And as every process makes them
     # of all tokens, they are those of a process alone.
     all_values, all_indices = layout.gather_tokens(values), layout.gather_tokens(indices)
@@ -115,10 +117,11 @@ def batch_gradient(
         loss = loss + taught.loss
 
     sparse = collect(terms, x, sae.W_dec, sae.b_dec, dense)
-    db_dec = sum(term.grad_x_hat.sum(0) for term in terms) - layout.sum_over_latents(sparse.db_enc @ sae.W_enc)
-    of_latents = layout.sum_over_latents(sparse.squared_norm + sparse.db_enc.square().sum())
-    norm = (of_latents + db_dec.square().sum()).sqrt()
-    norm = torch.where((variance > 0) & variance.isfinite(), norm, torch.nan)
+    db_dec = reduce(add, (term.grad_x_hat.sum(0) for term in terms))
+    db_dec -= layout.sum_over_latents(sparse.db_enc @ sae.W_enc)
+    squares = layout.sum_over_latents(sparse.squared_norm + sparse.db_enc.square().sum()) + db_dec.square().sum()
+    doubt = variance / variance + squares  # less itself NaN where it is not finite, as where all tokens are alike
+    norm = squares.sqrt() + (doubt - doubt)
     hits = torch.zeros(len(sae.W_dec), dtype=torch.int64, device=x.device)
     hits.scatter_add_(0, main.indices.flatten().long(), (main.values > 0).flatten().long())
     return BatchGradient(sparse, db_dec, norm, hits, loss, fvu, auxk, variance, taught)

@@ -79,6 +79,18 @@ class SupervisedStepMetrics(NamedTuple):
 Metrics = StepMetrics | SupervisedStepMetrics
 
 
+class Unread(NamedTuple):
+    """What the device alone knows of a step so far."""
+
+    step: int
+    accepted: Tensor
+    """0-d bool: whether its batch could be trained on."""
+    variance: Tensor
+    """0-d."""
+    sums: Tensor
+    """[M]: of each token's channels, not finite where one of them is not."""
+
+
 class Trainer:
     """Trains an SAE on batches from `data`.
 
@@ -126,7 +138,7 @@ class Trainer:
         self._adam: Adam | EightBitAdam
         self._logs: list[MetricsLog] = []
         self._started = 0.0
-        self._unread: list[tuple[int, int, Tensor]] = []
+        self._unread: list[Unread] = []
         self._saved_step = -1
         self._fvu_sum: Tensor
         self._fvu_steps: Tensor
@@ -198,12 +210,12 @@ class Trainer:
             layout=self.layout,
             supervised=supervised,
         )
-        accepted = gradient.norm.isfinite()
+        accepted = gradient.norm == gradient.norm  # not NaN
         adam.step(gradient, step + 1, self._learning_rate(step), clip_scale(gradient.norm, config.clip_norm))
         self.activity.add(gradient.hits, tokens, accepted)
         self._fvu_sum += torch.where(accepted, gradient.fvu, 0)
         self._fvu_steps += accepted
-        self._unread.append((step, tokens, _facts(x, gradient.variance, accepted)))
+        self._unread.append(Unread(step, accepted, gradient.variance, x.sum(1)))
         if x.device.type == "cpu" and step in self.check():
             return None
         firings = self.layout.sum_over_latents(gradient.hits.sum())
@@ -226,17 +238,15 @@ class Trainer:
         Unless such batches are to be skipped, BadBatch names the first.
         """
         unread, self._unread = self._unread, []
-        facts = torch.stack([facts for *_, facts in unread]).tolist() if unread else []
+        accepted = torch.stack([one.accepted for one in unread]).tolist() if unread else []
         refused = set()
-        for (step, tokens, _), (accepted, *why) in zip(unread, facts, strict=True):
-            if accepted:
-                continue
-            reason = _reason(step, *why)
-            self.tokens -= tokens
+        for one in (one for one, good in zip(unread, accepted, strict=True) if not good):
+            reason = _reason(one)
+            self.tokens -= len(one.sums)
             if self.config.on_bad_batch == "raise":
                 raise BadBatch(f"{reason}; on_bad_batch='skip' leaves such batches out")
             logger.warning("train: skipped: %s", reason)
-            refused.add(step)
+            refused.add(one.step)
             self.skipped += 1
         return refused
 
@@ -312,7 +322,7 @@ class Trainer:
         """A new SAE for tokens like the first batch x (SPEC 1.5); None where x cannot be trained on."""
         variance = total_variance(x)
         accepted = (variance > 0) & variance.isfinite()
-        self._unread.append((step, len(x), _facts(x, variance, accepted)))
+        self._unread.append(Unread(step, accepted, variance, x.sum(1)))
         if step in self.check():
             return None
         d = x.shape[1]
@@ -487,16 +497,12 @@ def _short(name: str) -> torch.dtype | None:
     return short[name] if name in short else getattr(torch, name)
 
 
-def _facts(x: Tensor, variance: Tensor, accepted: Tensor) -> Tensor:
-    """What `_reason` wants to know of a batch x [M, d], with `accepted` (0-d bool) before it: [4] on x's device."""
-    bad = ~x.isfinite().all(1)
-    facts = (accepted, variance, bad.sum(), bad.byte().argmax())
-    return torch.stack([fact.to(torch.float64) for fact in facts])
-
-
-def _reason(step: int, variance: float, num_bad: float, first_bad: float) -> str:
-    if num_bad:
-        return f"data: NaN or inf in {num_bad:.0f} tokens of batch {step}, first in row {first_bad:.0f}"
+def _reason(refused: Unread) -> str:
+    """Why the batch could not be trained on."""
+    bad, variance = ~refused.sums.isfinite(), refused.variance.item()
+    if bad.any():
+        first = int(bad.byte().argmax())
+        return f"data: NaN or inf in {int(bad.sum())} tokens of batch {refused.step}, first in row {first}"
     if not 0 < variance < math.inf:
-        return f"data: batch {step} has a total variance of {variance:.4g}"
-    return f"data: batch {step} has a gradient that is not finite"
+        return f"data: batch {refused.step} has a total variance of {variance:.4g}"
+    return f"data: batch {refused.step} has a gradient that is not finite"
