@@ -252,10 +252,10 @@ COLUMNS = {
     "of its": lambda row: "" if row.of_baseline_working is None else f"{row.of_baseline_working:.2f}",
     "loss error": lambda row: "" if row.error is None else f"{row.error:.1g}",
     "update error": lambda row: "" if row.update_error is None else f"{row.update_error:.1g}",
+    "host ms": lambda row: "" if row.host_us is None else f"{row.host_us / 1e3:.4g}",
     "encode, loss, gradients, update ms": lambda row: (
         "" if row.encode_us is None else ", ".join(f"{us / 1e3:.4g}" for us in phases(row))
     ),
-    "host ms": lambda row: "" if row.host_us is None else f"{row.host_us / 1e3:.4g}",
     "MB": lambda row: "" if row.encode_us is None else ", ".join(f"{size / 1e6:.0f}" for size in phases(row, "bytes")),
 }
 
