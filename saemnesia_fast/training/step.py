@@ -142,24 +142,24 @@ def auxk_gradient(
 
     `fvu_grad` [M, d] is -2 e / variance, that of FVU with respect to x_hat.
     The latents that are `dead` [C] bool among `candidates` [C] take part as a dense product, the tokens in at least
-    `micro_batches` parts; what is not dead among them is as if it had no activation, so that the shapes do not depend
-    on how many are dead.
+    `micro_batches` parts; what is not dead among them has a bias of -inf, so that the shapes do not depend on how many
+    are dead.
     """
     half = x.shape[1] // 2
     scale = (layout.sum_over_latents(dead.sum()).to(x.dtype) / half).clamp(max=1) / variance
-    W_enc, b_enc, W_dec = sae.W_enc[candidates], sae.b_enc[candidates], sae.W_dec[candidates]
+    W_enc, W_dec = sae.W_enc[candidates], sae.W_dec[candidates]
+    b_enc = sae.b_enc[candidates].masked_fill_(~dead, -torch.inf)
     dW_enc, db_enc, dW_dec = (torch.zeros_like(weight) for weight in (W_enc, b_enc, W_dec))
     squares = x.new_zeros(())
     most = -(-sae.num_latents // layout.latents_size) * len(x) * x.element_size()
     parts = max(micro_batches, -(-most // AUXK_BYTES))
     for tokens, part in zip(x.chunk(parts), fvu_grad.chunk(parts), strict=True):
         centred = tokens - sae.b_dec
-        z = torch.where(dead, torch.relu(centred @ W_enc.T + b_enc), 0)
-        z = layout.keep_largest(z, half)
+        z = layout.keep_largest(torch.addmm(b_enc, centred, W_enc.T).relu_(), half)
         difference = layout.sum_over_latents(z @ W_dec) + part * (variance / 2)
         squares += difference.square().sum()
-        grad = difference * (2 * alpha * scale)
-        d_z = torch.where(z > 0, grad @ W_dec.T, 0)
+        grad = difference.mul_(2 * alpha * scale)
+        d_z = (grad @ W_dec.T).masked_fill_(z <= 0, 0)
         dW_enc.addmm_(d_z.T, centred)
         db_enc += d_z.sum(0)
         dW_dec.addmm_(z.T, grad)
