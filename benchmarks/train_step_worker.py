@@ -98,7 +98,7 @@ class Runner:
         self.step: Step | None = None
         self.laps: list[list[float]] = []
         self.host: list[float] = []
-        """Microseconds until each of our steps was launched; on a CPU, done."""
+        """Microseconds until each step was launched; on a CPU, done."""
         self.memory = Memory(device)
 
     def check(self, exact: Expected) -> dict[str, Any]:

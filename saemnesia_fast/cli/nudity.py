@@ -89,8 +89,13 @@ class Nudity:
         pipe.set_progress_bar_config(disable=True)
 
         parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-        painting = {"model": self.model, "revision": self.revision, "dtype": self.dtype, "made_with": made_with(device)}
-        painting |= {"weights": weights_hash(*parts)}
+        painting = {
+            "model": self.model,
+            "revision": self.revision,
+            "weights": weights_hash(*parts),
+            "dtype": self.dtype,
+            "made_with": made_with(device),
+        }
         erasing = {"sae": sae.content_hash(), "table": described(table), "concept": self.concept, **options}
         sampling = {"steps": self.steps, "batch_size": self.batch_size}
         plain = examine(pipe, prompts, detector, self.out / "plain.json", settings=painting, **sampling)

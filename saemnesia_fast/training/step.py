@@ -120,7 +120,8 @@ def batch_gradient(
     db_dec = reduce(add, (term.grad_x_hat.sum(0) for term in terms))
     db_dec -= layout.sum_over_latents(sparse.db_enc @ sae.W_enc)
     squares = layout.sum_over_latents(sparse.squared_norm + sparse.db_enc.square().sum()) + db_dec.square().sum()
-    doubt = variance / variance + squares  # less itself NaN where it is not finite, as where all tokens are alike
+    # What is not finite is NaN less itself: squares that overflow, a variance of 0 or inf divided by itself.
+    doubt = variance / variance + squares
     norm = squares.sqrt() + (doubt - doubt)
     hits = torch.zeros(len(sae.W_dec), dtype=torch.int64, device=x.device)
     hits.scatter_add_(0, main.indices.flatten().long(), (main.values > 0).flatten().long())
